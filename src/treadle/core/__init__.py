@@ -1,0 +1,1 @@
+"""Configuration, cards, run directories, devices and errors: what every room stands on."""
