@@ -198,12 +198,12 @@ def _dotted(path: Path) -> str:
     return ".".join(map(str, path)) or "(top)"
 
 
-def _line(data: Any, path: Path) -> int:
+def _line(document: Any, path: Path) -> int:
     """1-based line of the deepest part of `path` that is in the document."""
-    line = 1
+    line, data = 1, document
     for key in path:
         try:
-            position = data.lc.key(key) if isinstance(data, Mapping) else data.lc.item(key)
+            position = data.lc.key(key) if isinstance(key, str) else data.lc.item(key)
             line, data = position[0] + 1, data[key]
         except (KeyError, IndexError, AttributeError, TypeError):
             break
@@ -228,7 +228,8 @@ def _override(data: Any, item: str) -> Path:
         elif isinstance(node, list):
             if not isinstance(key, int) or key >= len(node):
                 raise ConfigError(
-                    f"override `{item}`: `{_dotted(path[:depth])}` has {len(node)} entries, no `{key}`"
+                    f"override `{item}`: `{_dotted(path[:depth])}` has {len(node)} entries, "
+                    f"no `{key}`"
                 )
         else:
             raise ConfigError(

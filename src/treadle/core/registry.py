@@ -60,8 +60,8 @@ def resolve(kind: str, base: type) -> type:
 
 def subclasses(base: type) -> set[type]:
     """All classes below `base` that are loaded now."""
-    below = set(base.__subclasses__())
-    return below.union(*(subclasses(c) for c in below)) if below else below
+    below: set[type] = set(base.__subclasses__())
+    return below.union(*(subclasses(c) for c in below))
 
 
 @cache

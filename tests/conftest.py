@@ -1,0 +1,23 @@
+"""Fixtures shared by all rooms: offline libraries, real data where it is, deterministic threads."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data sets; tests that need them skip where they are absent."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("TREADLE_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip("real data absent; set TREADLE_DATA to its folder")
+    return folder
