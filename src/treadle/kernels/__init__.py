@@ -1,0 +1,1 @@
+"""Fused operations: a readable reference beside each fast path."""

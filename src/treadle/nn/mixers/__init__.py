@@ -1,0 +1,1 @@
+"""Token mixers: what lets one position see others."""

@@ -1,0 +1,133 @@
+"""Normalisation layers, and where a block puts them.
+
+LayerNorm  y = (x - mean) / sqrt(var + eps) * w + b          Ba et al. 2016
+RMSNorm    y = x / sqrt(mean(x^2) + eps) * w                  Zhang and Sennrich 2019
+           (Gemma stores w - 1 and multiplies by 1 + w)
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from treadle.core.cards import Card
+from treadle.core.config import Config
+
+CARD = Card(
+    id="arch.norms",
+    paper="Ba et al. 2016; Zhang and Sennrich 2019 (RMSNorm); Wang et al. 2022 (DeepNorm)",
+    summary="LayerNorm, RMSNorm (plain and 1+w), QK-norm; before, after or around a sublayer.",
+    recipe="treadle run quickstart-scratch",
+    oracle="tests/nn/test_nn_norms.py::test_norms_match_torch_and_formula",
+)
+
+
+class Norm(Config):
+    """A shape: normalises the last dimension."""
+
+    @abstractmethod
+    def build(self, dim: int) -> nn.Module:
+        """A module `[... dim] -> [... dim]`."""
+
+
+class RMSNorm(Norm):
+    """Root-mean-square normalisation."""
+
+    eps: float = 1e-5
+    offset: float = 0.0
+    """Added to the stored weight: 1.0 in the Gemma family, whose weights start at zero."""
+
+    def build(self, dim: int) -> nn.Module:
+        return RMSNormLayer(dim, self)
+
+
+class LayerNorm(Norm):
+    """Layer normalisation with bias."""
+
+    eps: float = 1e-5
+    bias: bool = True
+
+    def build(self, dim: int) -> nn.Module:
+        return LayerNormLayer(dim, self)
+
+
+class RMSNormLayer(nn.Module):
+    def __init__(self, dim: int, config: RMSNorm) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.full((dim,), 1.0 - config.offset))
+
+    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        # Statistics in fp32: squares of bf16 activations lose too much.
+        x32 = x.float()
+        y = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.config.eps)
+        return (y * (self.weight.float() + self.config.offset)).to(x.dtype)
+
+
+class LayerNormLayer(nn.Module):
+    def __init__(self, dim: int, config: LayerNorm) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if config.bias else None
+
+    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        bias = None if self.bias is None else self.bias.float()
+        y = F.layer_norm(x.float(), x.shape[-1:], self.weight.float(), bias, self.config.eps)
+        return y.to(x.dtype)
+
+
+class Placement(Config):
+    """A shape: where the norms of a residual branch stand. `f` is the mixer or feed-forward."""
+
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """Which norms the branch owns, of `before` and `after`."""
+
+    @abstractmethod
+    def scale(self, layers: int) -> float:
+        """Factor of the skip connection in a model of `layers` blocks."""
+
+
+class PreNorm(Placement):
+    """x + f(norm(x)): GPT-2, Llama."""
+
+    def names(self) -> tuple[str, ...]:
+        return ("before",)
+
+    def scale(self, layers: int) -> float:
+        return 1.0
+
+
+class SandwichNorm(Placement):
+    """x + norm'(f(norm(x))): Gemma 2 and 3."""
+
+    def names(self) -> tuple[str, ...]:
+        return ("before", "after")
+
+    def scale(self, layers: int) -> float:
+        return 1.0
+
+
+class PostNorm(Placement):
+    """norm(x + f(x)): the original transformer, BERT."""
+
+    def names(self) -> tuple[str, ...]:
+        return ("outer",)
+
+    def scale(self, layers: int) -> float:
+        return 1.0
+
+
+class DeepNorm(Placement):
+    """norm(alpha x + f(x)) with alpha = (2 L)^(1/4), for decoders of L layers."""
+
+    def names(self) -> tuple[str, ...]:
+        return ("outer",)
+
+    def scale(self, layers: int) -> float:
+        return float((2 * layers) ** 0.25)
