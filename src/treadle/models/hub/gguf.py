@@ -287,6 +287,7 @@ def write_gguf(
                 entries.append(entry)
                 data.write(raw.numpy().data)
                 data.write(bytes(-data.tell() % alignment))
+                del tensor, raw  # before the next one is made
         header = b"".join(
             [
                 _MAGIC,
@@ -304,6 +305,8 @@ def write_gguf(
 
 def _encode_tensor(tensor: Tensor, format: BlockFormat) -> tuple[Tensor, tuple[int, ...]]:
     """Bytes on the CPU, and the shape in weights."""
+    if not 1 <= tensor.dim() <= _MOST_DIMENSIONS:
+        raise TreadleError(f"{tensor.dim()} dimensions, GGUF holds 1 to {_MOST_DIMENSIONS}")
     if tensor.dtype == torch.uint8:
         columns, rest = divmod(tensor.shape[-1], format.block_bytes)
         if rest:
@@ -325,8 +328,6 @@ def _tensor_entry(
         raise TreadleError("the name comes twice")
     if len(name.encode()) > _LONGEST_NAME:
         raise TreadleError(f"the name is longer than ggml's {_LONGEST_NAME} bytes")
-    if not 1 <= len(shape) <= _MOST_DIMENSIONS:
-        raise TreadleError(f"{len(shape)} dimensions, GGUF holds 1 to {_MOST_DIMENSIONS}")
     numbers = struct.pack(
         f"<I{len(shape)}QIQ", len(shape), *reversed(shape), format.ggml_type, offset
     )
