@@ -1,1 +1,1 @@
-"""Reading and writing the files of others: Hugging Face folders and GGUF."""
+"""Weights and metadata to and from Hugging Face folders, GGUF files and public sources."""
