@@ -8,15 +8,15 @@ counts prompts, and the training loop does not ask.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from treadle.core.config import Config
 from treadle.data.batch import Batch
+from treadle.models.decoder import DecoderModel
 
 if TYPE_CHECKING:
     from treadle.tokenizers.tokenizer import Tokenizer
@@ -34,7 +34,7 @@ class Work:
 class Env:
     """What a source may use when it opens."""
 
-    model: nn.Module
+    model: DecoderModel
     """The model that is being trained; on-policy sources sample from it."""
     tokenizer: Tokenizer
     scratch: Path
@@ -43,6 +43,8 @@ class Env:
     rank: int = 0
     world: int = 1
     device: str = "cpu"
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+    """The precision in which the model runs."""
 
 
 class Stream(ABC):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Sequence
 
 from treadle.core.cards import Card
+from treadle.tokenizers.stream import TextStream
 from treadle.tokenizers.tokenizer import Tokenizer
 
 CARD = Card(
@@ -21,21 +21,22 @@ class Detokenizer:
     """Text of one growing completion."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
-        self.tokenizer, self.stop = tokenizer, tuple(stop)
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.stream, self.stop = TextStream(tokenizer), tuple(stop)
         self.text = ""
         self.sent = 0
         self.stopped = False
 
     def push(self, token: int) -> None:
         """Add a token; afterwards `stopped` says whether a stop string is complete."""
-        self._append(self.decoder.decode(self.tokenizer.token_bytes(token)))
+        self._append(self.stream.push(token))
 
     def finish(self) -> None:
         """No more tokens: what is left of a broken character becomes a replacement mark."""
-        self._append(self.decoder.decode(b"", final=True))
+        self._append(self.stream.end())
 
     def _append(self, new: str) -> None:
+        if self.stopped:
+            return
         start = len(self.text)
         self.text += new
         for stop in self.stop:
