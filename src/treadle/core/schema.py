@@ -14,6 +14,9 @@ from treadle.core.config import Config, dump
 NOTHING: list[dict[str, Any]] = [{"not": {}}]
 """What a shape without any class takes."""
 
+NOTHING: list[dict[str, Any]] = [{"not": {}}]
+"""What a shape without any class takes."""
+
 
 def json_schema(root: type[Config]) -> dict[str, Any]:
     """The schema of a tree below `root` (a shape or a class), with every known `kind`.
@@ -32,10 +35,8 @@ def json_schema(root: type[Config]) -> dict[str, Any]:
     for cls in known:
         name = refs[cls].rpartition("/")[2]
         if inspect.isabstract(cls):
-            below = [c for c in classes if issubclass(c, cls)]
-            definitions[name] = (
-                {"anyOf": [_named(refs[c]) for c in below]} if below else {"not": {}}
-            )
+            below = [_named(refs[c]) for c in classes if issubclass(c, cls)]
+            definitions[name] = {"anyOf": below or NOTHING}
             continue
         properties = definitions[name].setdefault("properties", {})
         for field, info in cls.model_fields.items():
