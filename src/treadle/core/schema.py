@@ -14,9 +14,6 @@ from treadle.core.config import Config, dump
 NOTHING: list[dict[str, Any]] = [{"not": {}}]
 """What a shape without any class takes."""
 
-NOTHING: list[dict[str, Any]] = [{"not": {}}]
-"""What a shape without any class takes."""
-
 
 def json_schema(root: type[Config]) -> dict[str, Any]:
     """The schema of a tree below `root` (a shape or a class), with every known `kind`.
