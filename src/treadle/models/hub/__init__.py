@@ -1,1 +1,1 @@
-"""Reading and writing the checkpoints of others: Hugging Face folders and GGUF files."""
+"""Reading and writing the files of others: Hugging Face folders and GGUF."""
