@@ -12,7 +12,8 @@ all but the K formats, where the format leaves the choice of scales to the write
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -71,14 +72,15 @@ def quantise(weights: Float[Tensor, "*rows n"], format: BlockFormat) -> UInt8[Te
     blocks = weights.detach().reshape(-1, format.block_size)
     out = blocks.new_empty(len(blocks), format.block_bytes, dtype=torch.uint8)
     step = _blocks_at_once(format, blocks.device)
-    for start in range(0, len(blocks), step):
-        piece = blocks[start : start + step].float()
-        if not (peak := float(piece.abs().amax())) <= format.largest:
-            raise TreadleError(
-                f"{format.name} holds weights up to {format.largest:g}, here is one of {peak:g}; "
-                "look for a diverged run, or choose BF16"
-            )
-        out[start : start + step] = format.quantise(piece)
+    with _one_thread():
+        for start in range(0, len(blocks), step):
+            piece = blocks[start : start + step].float()
+            if not (peak := float(piece.abs().amax())) <= format.largest:
+                raise TreadleError(
+                    f"{format.name} holds weights up to {format.largest:g}, here is one of "
+                    f"{peak:g}; look for a diverged run, or choose BF16"
+                )
+            out[start : start + step] = format.quantise(piece)
     return out.view(*rows, columns // format.block_size * format.block_bytes)
 
 
@@ -99,8 +101,9 @@ def dequantise(
     blocks = data.reshape(-1, format.block_bytes)
     out = blocks.new_empty(len(blocks), format.block_size, dtype=dtype)
     step = _blocks_at_once(format, blocks.device)
-    for start in range(0, len(blocks), step):
-        out[start : start + step] = format.dequantise(blocks[start : start + step])
+    with _one_thread():
+        for start in range(0, len(blocks), step):
+            out[start : start + step] = format.dequantise(blocks[start : start + step])
     return out.view(*rows, length // format.block_bytes * format.block_size)
 
 
@@ -113,6 +116,18 @@ def block_format(name: str) -> BlockFormat:
     if name not in FORMATS:
         raise TreadleError(f"unknown block format `{name}`{did_you_mean(name, FORMATS)}")
     return FORMATS[name]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A piece is a few microseconds of work: to share it among threads costs more than it gains,
+    and thirty times more where other programs hold the processor."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _blocks_at_once(format: BlockFormat, device: torch.device) -> int:

@@ -21,8 +21,9 @@ from treadle.kernels.scales import from_half_bytes, half_bytes, inverse, signed_
 SUPER = 256
 """Weights in one block."""
 
-_STRETCH = tuple(-1.6 + 0.2 * i for i in range(13))
-"""Roundings tried: the range of a group is laid over `levels + stretch` steps."""
+_STRETCH_AFFINE = tuple(-1.6 + 0.2 * i for i in range(13))
+_STRETCH_SYMMETRIC = tuple(-8 + 2 / 3 * i for i in range(13))
+"""Roundings tried: the range of a group is laid over `levels + stretch` steps. Chosen by error."""
 _REFITS = 2
 
 
@@ -30,7 +31,7 @@ def quantise_affine(x: Float[Tensor, "N 256"], bits: int) -> UInt8[Tensor, "N B"
     """Q4_K (bits=4) or Q5_K (bits=5)."""
     levels = (1 << bits) - 1
     x = x.view(-1, 8, 32)
-    scale, offset = (v.view(-1, 8, 1) for v in _fit_affine(x.reshape(-1, 32), levels))
+    scale, offset = (v.view(-1, 8, 1) for v in fit_affine(x.reshape(-1, 32), levels))
     d, dmin = _half(scale.amax(1, True) / 63), _half(offset.amax(1, True) / 63)
     sc = (scale * inverse(d)).round_().clamp_(0, 63)
     m = (offset * inverse(dmin)).round_().clamp_(0, 63)
@@ -62,7 +63,7 @@ def dequantise_affine(blocks: UInt8[Tensor, "N B"], bits: int) -> Float[Tensor, 
 
 def quantise_q6(x: Float[Tensor, "N 256"]) -> UInt8[Tensor, "N 210"]:
     x = x.view(-1, 16, 16)
-    scale = _fit_symmetric(x.reshape(-1, 16)).view(-1, 16, 1)
+    scale = fit_symmetric(x.reshape(-1, 16)).view(-1, 16, 1)
     d = _half(signed_peak(scale.view(-1, 16))[..., None] / -128)
     sc = (scale * inverse(d)).round_().clamp_(-128, 127)
 
@@ -89,7 +90,7 @@ def dequantise_q6(blocks: UInt8[Tensor, "N 210"]) -> Float[Tensor, "N 256"]:
     return ((d * sc)[..., None] * centred).view(-1, SUPER)
 
 
-def _fit_affine(x: Float[Tensor, "S n"], levels: int) -> tuple[Tensor, Tensor]:
+def fit_affine(x: Float[Tensor, "S n"], levels: int) -> tuple[Tensor, Tensor]:
     """`scale`, `offset` >= 0, [S 1] each, with small |scale q - offset - x|^2 for q in 0..levels.
 
     For given q the optimum solves two normal equations; where its offset would be negative,
@@ -112,7 +113,7 @@ def _fit_affine(x: Float[Tensor, "S n"], levels: int) -> tuple[Tensor, Tensor]:
         return scale, offset, sum_xx - scale * sum_qx + offset * sum_x
 
     best: tuple[Tensor, ...] | None = None
-    for stretch in _STRETCH:
+    for stretch in _STRETCH_AFFINE:
         found = solve((shifted * (step * (levels + stretch))).round_().clamp_(0, levels))
         best = found if best is None else _better(found, best)
     assert best is not None
@@ -121,7 +122,7 @@ def _fit_affine(x: Float[Tensor, "S n"], levels: int) -> tuple[Tensor, Tensor]:
     return best[0], best[1]
 
 
-def _fit_symmetric(x: Float[Tensor, "S n"]) -> Float[Tensor, "S 1"]:
+def fit_symmetric(x: Float[Tensor, "S n"]) -> Float[Tensor, "S 1"]:
     """The `scale` (of either sign) with small |scale q - x|^2 for q in -32..31."""
     step = -inverse(signed_peak(x))
 
@@ -131,7 +132,7 @@ def _fit_symmetric(x: Float[Tensor, "S n"]) -> Float[Tensor, "S 1"]:
         return scale, -scale * sum_qx
 
     best: tuple[Tensor, ...] | None = None
-    for stretch in _STRETCH:
+    for stretch in _STRETCH_SYMMETRIC:
         found = solve((x * (step * (32 + stretch))).round_().clamp_(-32, 31))
         best = found if best is None else _better(found, best)
     assert best is not None

@@ -6,11 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from treadle.core.errors import ConfigError, did_you_mean
-from treadle.models import llama
+from treadle.models import gemma, gpt1, gpt2, llama, mistral, qwen
 from treadle.models.decoder import Decoder
 from treadle.models.family import Family, Gguf, expresses
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY,)
+FAMILIES: tuple[Family, ...] = (
+    llama.FAMILY,
+    mistral.FAMILY,
+    qwen.QWEN2,
+    qwen.QWEN3,
+    gemma.GEMMA,
+    gemma.GEMMA2,
+    gemma.GEMMA3,
+    gpt2.FAMILY,
+    gpt1.FAMILY,
+)
 """Where several express a decoder, the first is used to save it."""
 
 

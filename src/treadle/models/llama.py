@@ -36,7 +36,7 @@ CARD = Card(
     paper="Touvron et al. 2023, arXiv:2302.13971; Llama team 2024, arXiv:2407.21783",
     summary="Llama 1 to 3 and everything of that layout: SmolLM2, TinyLlama, Yi.",
     recipe="treadle chat smollm2-135m-instruct",
-    oracle="tests/models/test_models_llama.py::test_llama_matches_transformers",
+    oracle="tests/models/test_models_families.py::test_logits_and_gradients_match_transformers",
 )
 
 

@@ -1,1 +1,1 @@
-"""Reading and writing the checkpoints of others: Hugging Face folders and GGUF files."""
+"""Weights and metadata to and from Hugging Face folders, GGUF files and public sources."""
