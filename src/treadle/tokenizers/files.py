@@ -31,7 +31,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception
         raise FileFormatError(f"{file}: not a tokenizer.json: {error}") from None
     folder = file.parent
-    config = {**_json(folder / "special_tokens_map.json"), **_json(folder / "tokenizer_config.json")}
+    config = {
+        **_json(folder / "special_tokens_map.json"),
+        **_json(folder / "tokenizer_config.json"),
+    }
     roles = {role: _spelled(config.get(f"{role}_token")) for role in ("bos", "eos", "pad", "unk")}
     known = {r: t if t and backend.token_to_id(t) is not None else None for r, t in roles.items()}
     ends = _json(folder / "generation_config.json").get("eos_token_id") or []

@@ -15,6 +15,9 @@ from treadle.core.errors import ConfigError, FileFormatError
 from treadle.nn.rope import NoScaling, RoPE, Scaling
 from treadle.nn.rope_scaling import DividedFrequencies, LinearScaling, Llama3Scaling, YaRN
 
+ROPE_DIVISORS = "rope_freqs.weight"
+"""The tensor as which llama.cpp stores Llama 3's scaled RoPE."""
+
 
 @dataclass(frozen=True)
 class GgufHeader:
@@ -26,7 +29,7 @@ class GgufHeader:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Of every tensor, rows first."""
     rope_divisors: Float[Tensor, " half"] | None = None
-    """The tensor `rope_freqs.weight`, as which llama.cpp stores Llama 3's scaled RoPE."""
+    """The tensor `rope_freqs.weight`, where the file has it."""
 
     def integer(self, key: str, default: int | None = None) -> int:
         return int(self._value(key, default))
