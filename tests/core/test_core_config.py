@@ -91,7 +91,26 @@ def read(text: str, *overrides: str) -> ToyLoom:
 # Trees as hypothesis draws them
 
 words = st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from(
-    ["null", "true", "no", "1e5", "2024-01-01", "0x1f", "~", "", " a ", "a: b", "# c", "*x", "&x"]
+    [
+        "null",
+        "true",
+        "no",
+        "1e5",
+        "2024-01-01",
+        "0x1f",
+        "~",
+        "",
+        " a ",
+        "a: b",
+        "# c",
+        "*x",
+        "&x",
+        "\x85",
+        "\u2028\ufeff",
+        "\r\n",
+        "\x00\x7f",
+        "a\n\n b",
+    ]
 )
 floats = st.floats(allow_nan=False)
 yarns = st.builds(

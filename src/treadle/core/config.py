@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, MutableMapping
@@ -22,9 +23,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from treadle.core import registry
 from treadle.core.errors import ConfigError, did_you_mean
+
+_LINE_BREAKS = re.compile("[\x85\u2028\u2029\ufeff]")
 
 Path = tuple[str | int, ...]
 C = TypeVar("C", bound="Config")
@@ -86,6 +90,8 @@ def to_yaml(config: Config) -> str:
         if isinstance(node, dict):
             node = {k: share(v) for k, v in node.items()}
             return seen.setdefault(json.dumps(node, sort_keys=True), node) if node else node
+        if isinstance(node, str) and _LINE_BREAKS.search(node):
+            return DoubleQuotedScalarString(node)  # ruamel escapes them in this style only
         return [share(v) for v in node] if isinstance(node, list) else node
 
     yaml, out = YAML(), StringIO()

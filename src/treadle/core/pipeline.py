@@ -144,7 +144,7 @@ class _Share(Progress):
     def __init__(self, inner: Progress, overall: Task, start: float, share: float) -> None:
         self.inner, self.overall, self.start, self.share = inner, overall, start, share
 
-    def task(self, name: str, total: float) -> Task:
+    def task(self, name: str, total: float | None = None) -> Task:
         return _SharedTask(self, self.inner.task(name, total), total)
 
     def say(self, line: str) -> None:
@@ -152,7 +152,7 @@ class _Share(Progress):
 
 
 class _SharedTask(Task):
-    def __init__(self, owner: _Share, inner: Task, total: float) -> None:
+    def __init__(self, owner: _Share, inner: Task, total: float | None) -> None:
         self.owner, self.inner, self.total = owner, inner, total
 
     def update(self, completed: float, *, note: str = "") -> None:

@@ -51,8 +51,8 @@ class Progress(ABC):
     """Where work reports."""
 
     @abstractmethod
-    def task(self, name: str, total: float) -> Task:
-        """Begin a task of `total` units."""
+    def task(self, name: str, total: float | None) -> Task:
+        """Begin a task of `total` units; None where nobody knows how many."""
 
     @abstractmethod
     def say(self, line: str) -> None:
@@ -66,7 +66,7 @@ class Progress(ABC):
 class Silent(Progress):
     """Shows nothing."""
 
-    def task(self, name: str, total: float) -> Task:
+    def task(self, name: str, total: float | None) -> Task:
         return _NoTask()
 
     def say(self, line: str) -> None:
@@ -98,7 +98,7 @@ class Terminal(Progress):
         )
         self.bars.start()
 
-    def task(self, name: str, total: float) -> Task:
+    def task(self, name: str, total: float | None) -> Task:
         return _Bar(self.bars, self.bars.add_task(name, total=total, note=""))
 
     def say(self, line: str) -> None:
@@ -125,7 +125,7 @@ class Lines(Progress):
     def __init__(self, every: float = 10.0) -> None:
         self.every = every
 
-    def task(self, name: str, total: float) -> Task:
+    def task(self, name: str, total: float | None) -> Task:
         return _Lines(self, name, total)
 
     def say(self, line: str) -> None:
@@ -133,7 +133,7 @@ class Lines(Progress):
 
 
 class _Lines(Task):
-    def __init__(self, parent: Lines, name: str, total: float) -> None:
+    def __init__(self, parent: Lines, name: str, total: float | None) -> None:
         self.parent, self.name, self.total = parent, name, total
         self.start = self.last = time.monotonic()
         self.first: float | None = None
@@ -145,6 +145,9 @@ class _Lines(Task):
         if now - self.last < self.parent.every:
             return
         self.last = now
+        if self.total is None:
+            self.parent.say(f"{self.name}: {completed:g} {note}")
+            return
         done = completed - self.first
         left = (now - self.start) * (self.total - completed) / done if done > 0 else float("nan")
         self.parent.say(f"{self.name}: {completed:g}/{self.total:g}, {left:.0f} s left {note}")

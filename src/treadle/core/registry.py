@@ -51,7 +51,8 @@ def resolve(kind: str, base: type[T]) -> type[T]:
         getattr(importlib.import_module(module), kind, object)
         for module in class_index().get(kind, ())
     ]
-    candidates += [c for c in subclasses(base) if c.__name__ == kind and c not in candidates]
+    loaded = {(c.__module__, c.__qualname__): c for c in subclasses(base) if c.__name__ == kind}
+    candidates += [c for c in loaded.values() if c not in candidates]  # the newest of a notebook's
     fitting: list[type[T]] = [c for c in candidates if isinstance(c, type) and issubclass(c, base)]
     if len(fitting) > 1:
         places = ", ".join(c.__module__ for c in fitting)
@@ -61,10 +62,12 @@ def resolve(kind: str, base: type[T]) -> type[T]:
     return fitting[0]
 
 
-def subclasses(base: type[T]) -> set[type[T]]:
-    """All classes below `base` that are loaded now."""
-    below: set[type[T]] = set(base.__subclasses__())
-    return below.union(*(subclasses(c) for c in below))
+def subclasses(base: type[T]) -> list[type[T]]:
+    """All classes below `base` that are loaded now, in the order of their definition."""
+    below: dict[type[T], None] = {}
+    for child in base.__subclasses__():
+        below.update(dict.fromkeys((child, *subclasses(child))))
+    return list(below)
 
 
 @cache

@@ -11,6 +11,9 @@ from pydantic.json_schema import models_json_schema
 from treadle.core import registry
 from treadle.core.config import Config, dump
 
+NOTHING: list[dict[str, Any]] = [{"not": {}}]
+"""What a shape without any class takes."""
+
 
 def json_schema(root: type[Config]) -> dict[str, Any]:
     """The schema of a tree below `root` (a shape or a class), with every known `kind`.
@@ -29,8 +32,8 @@ def json_schema(root: type[Config]) -> dict[str, Any]:
     for cls in known:
         name = refs[cls].rpartition("/")[2]
         if inspect.isabstract(cls):
-            below = [c for c in classes if issubclass(c, cls)]
-            definitions[name] = {"anyOf": [_named(refs[c]) for c in below]}
+            below = [_named(refs[c]) for c in classes if issubclass(c, cls)]
+            definitions[name] = {"anyOf": below or NOTHING}
             continue
         properties = definitions[name].setdefault("properties", {})
         for field, info in cls.model_fields.items():

@@ -10,7 +10,7 @@ from treadle.tokenizers.tokenizer import Tokenizer
 
 CARD = Card(
     id="inf.stream",
-    paper="",
+    paper="No paper: engineering.",
     summary="Streams text token by token: no broken characters, no partial stop strings; cancel.",
     recipe="treadle chat smollm2-135m-instruct",
     oracle="tests/inference/test_inference_engine.py::test_stream_concatenates_to_full_text",

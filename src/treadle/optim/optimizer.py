@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,9 +33,28 @@ class Schedule(Config):
         """Factor for step `step` (from 0) of `steps`."""
 
 
-class Clip(Config):
-    """A shape: bounds gradients in place."""
+class Clipper(ABC):
+    """Bounds gradients in place; may learn from those it has seen."""
 
     @abstractmethod
     def __call__(self, parameters: Sequence[nn.Parameter]) -> float:
-        """Bound the gradients and return their norm before."""
+        """Bound the gradients and return their global norm before (NaN or inf if they hold any).
+
+        Sharded parameters (DTensor) are measured as a whole: every rank must call.
+        """
+
+    def state(self) -> dict[str, Any]:
+        """What it has learned, as JSON values."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`."""
+        return
+
+
+class Clip(Config):
+    """A shape: how gradients are bounded."""
+
+    @abstractmethod
+    def build(self) -> Clipper:
+        """A clipper that has seen nothing yet."""

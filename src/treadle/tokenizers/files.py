@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from treadle.core.errors import FileFormatError
+from treadle.core.files import write_json, write_text
 from treadle.tokenizers.tokenizer import SpecialTokens, Tokenizer
 
 
@@ -47,7 +46,6 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`."""
-    folder.mkdir(parents=True, exist_ok=True)
     special = tokenizer.special
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -63,9 +61,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     if tokenizer.chat_template is not None:
         # Newer readers take the .jinja file, older ones the key.
         config["chat_template"] = tokenizer.chat_template
-        _write(folder / "chat_template.jinja", tokenizer.chat_template)
-    _write(folder / "tokenizer.json", tokenizer.backend.to_str(pretty=True))
-    _write(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False))
+        write_text(folder / "chat_template.jinja", tokenizer.chat_template)
+    write_text(folder / "tokenizer.json", tokenizer.backend.to_str(pretty=True))
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def _template(folder: Path, config: dict[str, Any]) -> str | None:
@@ -93,17 +91,3 @@ def _json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise FileFormatError(f"{file}: expected an object, found {type(content).__name__}")
     return content
-
-
-def _write(file: Path, text: str) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -153,7 +153,7 @@ class Tokenizer:
     @cached_property
     def stop_ids(self) -> frozenset[int]:
         """Ids at which generation stops: the end of the text, of a turn, and those named."""
-        names = (self.special.eos, *self.special.stops, *TURN_ENDS)
+        names = (self.special.eos, *self.special.stops, *TURN_ENDS, *TEXT_ENDS)
         special = self.special_ids
         ids = {self.token_id(name) for name in names}
         return frozenset(i for i in ids if i is not None and (i in special or i == self.eos_id))
@@ -167,6 +167,10 @@ class Tokenizer:
     def token_id(self, token: str | None) -> int | None:
         """Id of a token as it is spelled in the vocabulary, or None."""
         return None if token is None else self.backend.token_to_id(token)
+
+    def spelling(self, token: int) -> str:
+        """How the vocabulary spells an id; empty where the id is not used."""
+        return self.backend.id_to_token(token) or ""
 
     @cached_property
     def digest(self) -> str:
