@@ -7,7 +7,7 @@ and shapes fit is a weight read, one at a time, into a model built without memor
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from treadle.core.cards import Card
 from treadle.core.errors import FileFormatError, TreadleError
 from treadle.core.files import StrPath
 from treadle.models.decoder import Decoder, DecoderModel, TiedHead
-from treadle.models.families import family_of_gguf, family_of_hf
+from treadle.models.families import FAMILIES, family_of_gguf, family_of_hf
+from treadle.models.family import Family
 from treadle.models.hub.fill import Shape, applicable, check, expected_shapes, fill, ignore
 from treadle.models.hub.gguf import GGUFFile
 from treadle.models.hub.gguf_header import ROPE_DIVISORS, GgufHeader
@@ -78,23 +79,34 @@ def _load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device |
     spelling = family.huggingface
     decoder = spelling.read(config)
     tensors = open_safetensors(folder)
-    names = {n: n for n in ignore(tuple(tensors), spelling.ignored)}
-    if not any(n.startswith(spelling.prefix) for n in names):
-        # Saved without its head: the names lack the front that the whole model's have.
-        names = {spelling.prefix + n: n for n in names}
     rules = spelling.rules(decoder)
+    stored = ignore(tuple(tensors), spelling.ignored)
+    known = {n for r in rules for n in r.theirs}
+    # A model saved without its head leaves off the front of all names.
+    bare = known.isdisjoint(stored) and any(spelling.prefix + n in known for n in stored)
+    names = {(spelling.prefix if bare else "") + n: n for n in stored}
     if isinstance(decoder.head, TiedHead):
         names = _without_tied_copy(names, tensors, rules)
     model = _filled(
         decoder,
         rules,
-        {n: tensors.shape(stored) for n, stored in names.items()},
+        {n: tensors.shape(name) for n, name in names.items()},
         lambda name: tensors[names[name]],
         dtype,
         device,
-        where=f"{folder}: not a checkpoint of {family.name} as its config.json says",
+        where=f"{folder}: not a checkpoint of {family.name} as its config.json says"
+        + _likeness(stored, family, decoder),
     )
     return Loaded(model, family.name, folder, config)
+
+
+def _likeness(names: Iterable[str], family: Family, decoder: Decoder) -> str:
+    """The family that has tensors of these names, if it is another one."""
+    for other in FAMILIES:
+        known = {n for r in other.huggingface.rules(decoder) for n in r.theirs}
+        if known.issuperset(names):
+            return "" if other.name == family.name else f", rather of {other.name}"
+    return ""
 
 
 def _without_tied_copy(
@@ -110,7 +122,7 @@ def _without_tied_copy(
             f"{tensors.path}: `{head}` differs from `{embedding}`, but config.json ties them; "
             "set tie_word_embeddings to false"
         )
-    return {n: stored for n, stored in names.items() if n != head}
+    return {n: name for n, name in names.items() if n != head}
 
 
 def _load_gguf(file: Path, dtype: torch.dtype | None, device: torch.device | str) -> Loaded:
