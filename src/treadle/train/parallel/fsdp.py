@@ -73,6 +73,7 @@ class FSDP(Plan):
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
 
     def rounds(self, batches: int) -> int:
         most = torch.tensor(batches)
