@@ -227,7 +227,10 @@ def _line(document: Any, path: Path) -> int:
 
 
 def _override(data: Any, item: str, expect: type[Config]) -> Path:
-    """Apply ``a.b.0=value`` in place and return the path it changed."""
+    """Apply ``a.b.0=value`` in place and return the path it changed.
+
+    An entry of a list is found by its index, or by its `name` where it has one.
+    """
     dotted, equals, text = item.partition("=")
     if not equals:
         raise ConfigError(f"override `{item}`: write it as path=value, for instance fit.steps=20")
@@ -235,10 +238,10 @@ def _override(data: Any, item: str, expect: type[Config]) -> Path:
         value = YAML(typ="safe", pure=True).load(text)
     except YAMLError:
         raise ConfigError(f"override `{item}`: `{text}` is not valid YAML; quote it") from None
-    path: Path = tuple(int(p) if p.isdecimal() else p for p in dotted.split("."))
+    path = [int(p) if p.isdecimal() else p for p in dotted.split(".")]
     node, cls = data, expect
     for depth, key in enumerate(path):
-        here = f"override `{item}`: `{_dotted(path[:depth])}`"
+        here = f"override `{item}`: `{_dotted(tuple(path[:depth]))}`"
         last = depth == len(path) - 1
         if isinstance(node, MutableMapping):
             cls = _class_of(node, cls)
@@ -250,8 +253,12 @@ def _override(data: Any, item: str, expect: type[Config]) -> Path:
                 cls = _config_in(field.annotation) or cls
                 node.setdefault(key, _default(field))
         elif isinstance(node, list):
+            names = [_name_of(entry, cls) for entry in node]
+            if key in names:
+                path[depth] = key = names.index(str(key))
             if not isinstance(key, int) or key >= len(node):
-                raise ConfigError(f"{here} has {len(node)} entries, no `{key}`")
+                hint = did_you_mean(str(key), filter(None, names))
+                raise ConfigError(f"{here} has {len(node)} entries, no `{key}`{hint}")
         elif node is None:
             raise ConfigError(f"{here} is not set: give it whole, as {{kind: ..., {key}: ...}}")
         else:
@@ -259,7 +266,15 @@ def _override(data: Any, item: str, expect: type[Config]) -> Path:
         # Equal subtrees are shared by YAML aliases: change this place only.
         node[key] = value if last else copy(node[key])
         node = node[key]
-    return path
+    return tuple(path)
+
+
+def _name_of(entry: Any, declared: type[Config]) -> str:
+    """The `name` of an entry of a list, by which overrides find it; empty where it has none."""
+    if not isinstance(entry, Mapping):
+        return ""
+    field = _class_of(entry, declared).model_fields.get("name")
+    return str(entry.get("name", _default(field) or "")) if field else ""
 
 
 def _default(field: FieldInfo) -> Any:
