@@ -319,11 +319,11 @@ def test_an_override_changes_the_kind() -> None:
 
 
 def test_an_override_leaves_equal_subtrees_alone() -> None:
-    twill = ToyTwill(slope=0.25, under=ToyTwill(slope=2.0))
+    twill = ToyTwill(slope=0.25, under=ToyTwill(slope=2.0, under=ToyTwill(slope=4.0)))
     loom = ToyLoom(name="twice", weave=twill, border=twill)
     assert "*" in to_yaml(loom)
     changed = override(loom, ["weave.under.slope=3.0"])
-    assert changed.weave == ToyTwill(slope=0.25, under=ToyTwill(slope=3.0))
+    assert changed.weave == twill.replace(under=twill.under.replace(slope=3.0))
     assert changed.border == twill
 
 

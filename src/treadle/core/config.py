@@ -23,12 +23,17 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import RoundTripRepresenter
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from treadle.core import registry
 from treadle.core.errors import ConfigError, did_you_mean
 
 _LINE_BREAKS = re.compile("[\x85\u2028\u2029\ufeff]")
+
+WORTH_SHARING = 160
+"""Characters from which a repeated subtree is written once; smaller ones read better in place."""
 
 Path = tuple[str | int, ...]
 C = TypeVar("C", bound="Config")
@@ -82,6 +87,16 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+class _Representer(RoundTripRepresenter):
+    """Writes `null` where ruamel writes nothing."""
+
+    def represent_none(self, data: None) -> ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:null", "null")
+
+
+_Representer.add_representer(type(None), _Representer.represent_none)
+
+
 def to_yaml(config: Config) -> str:
     """YAML text; equal subtrees (the blocks of a decoder) are written once and referred to."""
     seen: dict[str, Any] = {}
@@ -89,13 +104,15 @@ def to_yaml(config: Config) -> str:
     def share(node: Any) -> Any:
         if isinstance(node, dict):
             node = {k: share(v) for k, v in node.items()}
-            return seen.setdefault(json.dumps(node, sort_keys=True), node) if node else node
+            text = json.dumps(node, sort_keys=True)
+            return seen.setdefault(text, node) if len(text) >= WORTH_SHARING else node
         if isinstance(node, str) and _LINE_BREAKS.search(node):
             return DoubleQuotedScalarString(node)  # ruamel escapes them in this style only
         return [share(v) for v in node] if isinstance(node, list) else node
 
     yaml, out = YAML(), StringIO()
     yaml.width = 100
+    yaml.Representer = _Representer
     yaml.dump(share(dump(config)), out)
     return out.getvalue()
 
