@@ -160,7 +160,7 @@ def _end_of_turn(tokenizer: Tokenizer, text: str, start: int, end: int) -> int:
 def _inside(ends: Sequence[int], spans: Sequence[Span]) -> list[bool]:
     """Which tokens share a character with a span."""
     last = np.asarray(ends, dtype=np.int64)
-    first = np.concatenate([[0], last[:-1]])
+    first = np.concatenate([[0], last])[:-1]
     last = np.maximum(last, first + 1)  # a token that ends inside a character still has some
     mask = np.zeros(len(ends), dtype=bool)
     for start, end in spans:

@@ -114,7 +114,7 @@ class Guard(Guarding):
 
     z: float = Field(default=8.0, gt=0.0)
     """Robust deviations above the median that make a spike; infinity leaves the NaN guard."""
-    window: int = Field(default=128, ge=8)
+    window: int = Field(default=64, ge=8)
     warmup: int = Field(default=32, ge=4)
     """Good steps before spikes are looked for."""
     loss_floor: float = Field(default=0.05, gt=0.0)

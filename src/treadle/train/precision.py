@@ -167,7 +167,8 @@ class BF16(Precision):
 class FP16(Precision):
     """5 bits of exponent, 11 of mantissa, with dynamic loss scaling."""
 
-    initial_scale: float = Field(default=65536.0, gt=0.0)
+    initial_scale: float = Field(default=1024.0, gt=0.0)
+    """First factor, on a loss that is a sum over the tokens of a micro-batch."""
     growth: int = Field(default=2000, ge=1)
     """Good steps in a row after which the scale doubles."""
 

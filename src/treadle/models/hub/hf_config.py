@@ -30,7 +30,7 @@ class HfConfig:
 
     def integer(self, key: str, default: int | None = None) -> int:
         value = self._value(key, default)
-        if isinstance(value, bool) or int(value) != value:
+        if isinstance(value, bool) or not isinstance(value, int | float) or value % 1:
             raise self._wrong(key, "an integer")
         return int(value)
 
