@@ -24,8 +24,16 @@ from treadle.nn.alibi import ALiBi
 from treadle.nn.ffn.ffn import MLP, GatedMLP
 from treadle.nn.mixers.attention import Attention
 
-NO_GGUF = {"qwen2-window", "openai-gpt", "gemma3-linear-rope", "gemma2-scale"}
-"""llama.cpp has no window in Qwen, no GPT-1, no uneven pattern, no scale but the released ones."""
+NO_GGUF = {
+    "llama-dynamic-rope",
+    "llama-longrope",
+    "qwen2-window",
+    "openai-gpt",
+    "gemma3-linear-rope",
+    "gemma2-scale",
+}
+"""llama.cpp's architectures have no such scaling of RoPE, no window in Qwen, no GPT-1, no uneven
+pattern of windows, and no scale of Gemma's queries but those of the released sizes."""
 
 
 def logits(model: DecoderModel, tokens: torch.Tensor) -> torch.Tensor:
