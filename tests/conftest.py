@@ -12,6 +12,19 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+COLLECTED = pytest.StashKey[set[str]]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[COLLECTED] = {item.nodeid for item in items}
+
+
+@pytest.fixture(scope="session")
+def collected(request: pytest.FixtureRequest) -> set[str]:
+    """Ids of all tests that this run found, those it will not run included."""
+    return request.config.stash[COLLECTED]
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:

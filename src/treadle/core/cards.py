@@ -33,7 +33,6 @@ class Card:
 def read_cards() -> list[Card]:
     """All cards of the package, sorted by id. Raises ValueError where one is not literal."""
     cards = []
-    allowed = {f.name for f in fields(Card)} - {"code"}
     for path in source_files():
         text = path.read_text(encoding="utf-8")
         if "Card(" not in text:
@@ -42,14 +41,20 @@ def read_cards() -> list[Card]:
         for node in ast.parse(text).body:
             for call in ast.walk(node) if isinstance(node, ast.Assign) else ():
                 if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Card":
-                    values = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
-                    if set(values) != allowed:
-                        missing = allowed.symmetric_difference(values)
-                        raise ValueError(
-                            f"{where}:{call.lineno}: card fields wrong: {sorted(missing)}"
-                        )
-                    cards.append(Card(**values, code=f"{where}:{call.lineno}"))
+                    cards.append(_read(call, f"{where}:{call.lineno}"))
     return sorted(cards, key=lambda card: card.id)
+
+
+def _read(call: ast.Call, where: str) -> Card:
+    wanted = {f.name for f in fields(Card)} - {"code"}
+    given = {k.arg: k.value for k in call.keywords if k.arg}
+    if set(given) != wanted:
+        wrong = ", ".join(sorted(wanted.symmetric_difference(given)))
+        raise ValueError(f"{where}: a card has {', '.join(sorted(wanted))}; differs in {wrong}")
+    literal = {k: v.value for k, v in given.items() if isinstance(v, ast.Constant)}
+    if len(literal) < len(given) or not all(isinstance(v, str) for v in literal.values()):
+        raise ValueError(f"{where}: a card's fields are literal strings, nothing computed")
+    return Card(**{k: str(v) for k, v in literal.items()}, code=where)
 
 
 def catalogue_ids() -> tuple[str, ...]:

@@ -10,19 +10,30 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import suppress
 from copy import copy
 from io import StringIO
 from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import RoundTripRepresenter
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from treadle.core import registry
 from treadle.core.errors import ConfigError, did_you_mean
+
+_LINE_BREAKS = re.compile("[\x85\u2028\u2029\ufeff]")
+
+WORTH_SHARING = 160
+"""Characters from which a repeated subtree is written once; smaller ones read better in place."""
 
 Path = tuple[str | int, ...]
 C = TypeVar("C", bound="Config")
@@ -44,13 +55,18 @@ class Config(BaseModel):
     def _shape_needs_kind(cls, data: Any) -> Any:
         if inspect.isabstract(cls) and not isinstance(data, cls):
             choices = ", ".join(registry.kinds_of(cls))
-            raise ValueError(f"name one with `kind:`, one of {choices}")
+            found = f"{type(data).__name__} is no {cls.__name__}; " if _is_config(data) else ""
+            raise ValueError(f"{found}name one with `kind:`, one of {choices}")
         return data
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, validated again."""
         fields = {name: getattr(self, name) for name in type(self).model_fields}
         return type(self)(**{**fields, **changes})
+
+
+def _is_config(value: Any) -> bool:
+    return isinstance(value, Config)
 
 
 def dump(value: Any) -> Any:
@@ -71,6 +87,16 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+class _Representer(RoundTripRepresenter):
+    """Writes `null` where ruamel writes nothing."""
+
+    def represent_none(self, data: None) -> ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:null", "null")
+
+
+_Representer.add_representer(type(None), _Representer.represent_none)
+
+
 def to_yaml(config: Config) -> str:
     """YAML text; equal subtrees (the blocks of a decoder) are written once and referred to."""
     seen: dict[str, Any] = {}
@@ -78,11 +104,15 @@ def to_yaml(config: Config) -> str:
     def share(node: Any) -> Any:
         if isinstance(node, dict):
             node = {k: share(v) for k, v in node.items()}
-            return seen.setdefault(json.dumps(node, sort_keys=True), node) if node else node
+            text = json.dumps(node, sort_keys=True)
+            return seen.setdefault(text, node) if len(text) >= WORTH_SHARING else node
+        if isinstance(node, str) and _LINE_BREAKS.search(node):
+            return DoubleQuotedScalarString(node)  # ruamel escapes them in this style only
         return [share(v) for v in node] if isinstance(node, list) else node
 
     yaml, out = YAML(), StringIO()
     yaml.width = 100
+    yaml.Representer = _Representer
     yaml.dump(share(dump(config)), out)
     return out.getvalue()
 
@@ -102,15 +132,18 @@ def from_yaml(
         raise ConfigError(f"{name}: not valid YAML: {error}") from None
     if not isinstance(data, Mapping):
         raise ConfigError(f"{name}: expected a mapping with `kind:`, found {type(data).__name__}")
-    changed = [_override(data, item) for item in overrides]
+    changed = [_override(data, item, expect) for item in overrides]
 
     def where(path: Path) -> str:
-        for target, item in zip(changed, overrides, strict=True):
+        for target, item in reversed(list(zip(changed, overrides, strict=True))):
             if path[: len(target)] == target:
                 return f"override `{item}`"
         return f"{name}:{_line(data, path)}"
 
-    return parse(data, expect=expect, where=where)
+    try:
+        return parse(data, expect=expect, where=where)
+    except RecursionError:
+        raise ConfigError(f"{name}: an alias (`*name`) refers to what it is part of") from None
 
 
 def override(config: C, overrides: typing.Sequence[str]) -> C:
@@ -210,60 +243,65 @@ def _line(document: Any, path: Path) -> int:
     return line
 
 
-def _override(data: Any, item: str) -> Path:
-    """Apply ``a.b.0=value`` in place and return the path it changed."""
+def _override(data: Any, item: str, expect: type[Config]) -> Path:
+    """Apply ``a.b.0=value`` in place and return the path it changed.
+
+    An entry of a list is found by its index, or by its `name` where it has one.
+    """
     dotted, equals, text = item.partition("=")
     if not equals:
         raise ConfigError(f"override `{item}`: write it as path=value, for instance fit.steps=20")
-    path: Path = tuple(int(p) if p.isdigit() else p for p in dotted.split("."))
-    node = data
+    try:
+        value = YAML(typ="safe", pure=True).load(text)
+    except YAMLError:
+        raise ConfigError(f"override `{item}`: `{text}` is not valid YAML; quote it") from None
+    path = [int(p) if p.isdecimal() else p for p in dotted.split(".")]
+    node, cls = data, expect
     for depth, key in enumerate(path):
-        if isinstance(node, Mapping):
-            if key not in node:
-                kind = node.get("kind", _dotted(path[:depth]))
-                raise ConfigError(
-                    f"override `{item}`: {kind} has no field `{key}`"
-                    f"{did_you_mean(str(key), (str(k) for k in node if k != 'kind'))}"
-                )
+        here = f"override `{item}`: `{_dotted(tuple(path[:depth]))}`"
+        last = depth == len(path) - 1
+        if isinstance(node, MutableMapping):
+            cls = _class_of(node, cls)
+            if key not in cls.model_fields and (key, last) != ("kind", True):
+                hint = did_you_mean(str(key), cls.model_fields)
+                raise ConfigError(f"override `{item}`: {cls.__name__} has no field `{key}`{hint}")
+            if not last:
+                field = cls.model_fields[str(key)]
+                cls = _config_in(field.annotation) or cls
+                node.setdefault(key, _default(field))
         elif isinstance(node, list):
+            names = [_name_of(entry, cls) for entry in node]
+            if key in names:
+                path[depth] = key = names.index(str(key))
             if not isinstance(key, int) or key >= len(node):
-                raise ConfigError(
-                    f"override `{item}`: `{_dotted(path[:depth])}` has {len(node)} entries, "
-                    f"no `{key}`"
-                )
+                hint = did_you_mean(str(key), filter(None, names))
+                raise ConfigError(f"{here} has {len(node)} entries, no `{key}`{hint}")
+        elif node is None:
+            raise ConfigError(f"{here} is not set: give it whole, as {{kind: ..., {key}: ...}}")
         else:
-            raise ConfigError(
-                f"override `{item}`: `{_dotted(path[:depth])}` is a value, it has no `{key}`"
-            )
-        if depth == len(path) - 1:
-            node[key] = YAML(typ="safe", pure=True).load(text)
-        else:  # equal subtrees are shared by YAML aliases: change this place only
-            node[key] = copy(node[key])
-            node = node[key]
-    return path
+            raise ConfigError(f"{here} is a value, it has no `{key}`")
+        # Equal subtrees are shared by YAML aliases: change this place only.
+        node[key] = value if last else copy(node[key])
+        node = node[key]
+    return tuple(path)
 
 
-def json_schema(root: type[Config]) -> dict[str, Any]:
-    """JSON Schema of a tree below `root`, with every known `kind`, for editors."""
-    from pydantic.json_schema import models_json_schema
+def _name_of(entry: Any, declared: type[Config]) -> str:
+    """The `name` of an entry of a list, by which overrides find it; empty where it has none."""
+    if not isinstance(entry, Mapping):
+        return ""
+    field = _class_of(entry, declared).model_fields.get("name")
+    return str(entry.get("name", _default(field) or "")) if field else ""
 
-    for modules in registry.class_index().values():
-        for module in modules:
-            __import__(module)
-    classes = [c for c in registry.subclasses(Config) if not inspect.isabstract(c)]
-    _, schema = models_json_schema(
-        [(c, "validation") for c in sorted(classes, key=lambda c: c.__name__)]
-    )
-    definitions = schema["$defs"]
-    shapes = {c for c in registry.subclasses(Config) if inspect.isabstract(c)}
-    for cls in classes:
-        entry = definitions[cls.__name__]
-        entry["properties"] = {"kind": {"const": cls.__name__}, **entry.get("properties", {})}
-    for shape in shapes:
-        below = [c.__name__ for c in classes if issubclass(c, shape)]
-        definitions[shape.__name__] = {"anyOf": [{"$ref": f"#/$defs/{n}"} for n in below]}
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "anyOf": [{"$ref": f"#/$defs/{c.__name__}"} for c in classes if issubclass(c, root)],
-        "$defs": definitions,
-    }
+
+def _default(field: FieldInfo) -> Any:
+    """Plain data of a field's default, or None where it has to be given."""
+    return None if field.is_required() else dump(field.get_default(call_default_factory=True))
+
+
+def _class_of(node: Mapping[str, Any], declared: type[Config]) -> type[Config]:
+    """The class that a mapping describes; a wrong `kind` is left to `parse`, which knows lines."""
+    with suppress(ConfigError):
+        if "kind" in node:
+            return registry.resolve(str(node["kind"]), Config)
+    return declared

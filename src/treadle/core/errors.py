@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+SHOWN = 20
+"""Choices that a message lists at the most."""
+
 
 class TreadleError(ValueError):
     """A mistake in what the user gave; the message says what to change.
@@ -27,4 +30,5 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     near = get_close_matches(name, known, n=1, cutoff=0.6)
     if near:
         return f"; did you mean `{near[0]}`?"
-    return f"; known: {', '.join(known)}" if known else ""
+    shown = known[:SHOWN] + [f"... ({len(known)} in all)"] * (len(known) > SHOWN)
+    return f"; known: {', '.join(shown)}" if known else ""

@@ -55,7 +55,7 @@ def attention_mask(
 
     A query with nothing to see (padding) sees key 0: its output is never read, and must not be NaN.
     """
-    seen = visible(q_positions, k_positions, rule)
+    seen = visible(q_positions, k_positions, rule).clone()
     seen[..., 0] |= ~seen.any(-1)
     if rule.slopes is None:
         return seen[:, None]
@@ -75,7 +75,8 @@ def attention_reference(
     """The definition, with all scores in memory; used where no fused kernel has the rule."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = (q @ k.transpose(-1, -2)).float() * rule.scale
+    scores = q @ k.transpose(-1, -2)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * rule.scale
     if rule.softcap is not None:
         scores = rule.softcap * torch.tanh(scores / rule.softcap)
     if mask.dtype == torch.bool:

@@ -20,6 +20,7 @@ from treadle.core.config import Config
 from treadle.nn.block import Block
 from treadle.nn.context import Context, Packed
 from treadle.nn.layout import Layout
+from treadle.nn.linear import weight_of
 from treadle.nn.norms import Norm, RMSNorm
 
 P = TypeVar("P", bound=Config)
@@ -120,7 +121,12 @@ class DecoderModel(nn.Module):
             x = x + self.position(context.positions)
         for block in self.blocks:
             x = block(x, context)
-        return self.norm(x).unflatten(0, shape)  # type: ignore[no-any-return]
+        hidden: Tensor = self.norm(x)
+        return hidden if tokens.ndim == 1 else hidden.unflatten(0, shape)
+
+    def head_weight(self) -> Float[Tensor, "V D"]:
+        """The head's dense weight, for losses that never hold all logits."""
+        return weight_of(self.head)
 
     def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """Logits of hidden states, soft-capped where the family does so."""

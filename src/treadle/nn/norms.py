@@ -55,6 +55,13 @@ class LayerNorm(Norm):
         return LayerNormLayer(dim, self)
 
 
+class NoNorm(Norm):
+    """The identity: GPT-1 has no norm before its head, its blocks end in one."""
+
+    def build(self, dim: int) -> nn.Module:
+        return nn.Identity()
+
+
 class RMSNormLayer(nn.Module):
     def __init__(self, dim: int, config: RMSNorm) -> None:
         super().__init__()
@@ -62,10 +69,11 @@ class RMSNormLayer(nn.Module):
         self.weight = nn.Parameter(torch.full((dim,), 1.0 - config.offset))
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-        # Statistics in fp32: squares of bf16 activations lose too much.
-        x32 = x.float()
-        y = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.config.eps)
-        return (y * (self.weight.float() + self.config.offset)).to(x.dtype)
+        # Statistics in fp32 at least: squares of bf16 activations lose too much.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = x.to(wide)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.config.eps)
+        return (y * (self.weight.to(wide) + self.config.offset)).to(x.dtype)
 
 
 class LayerNormLayer(nn.Module):
@@ -76,8 +84,9 @@ class LayerNormLayer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if config.bias else None
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-        bias = None if self.bias is None else self.bias.float()
-        y = F.layer_norm(x.float(), x.shape[-1:], self.weight.float(), bias, self.config.eps)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(wide)
+        y = F.layer_norm(x.to(wide), x.shape[-1:], self.weight.to(wide), bias, self.config.eps)
         return y.to(x.dtype)
 
 

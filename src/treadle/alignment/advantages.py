@@ -1,0 +1,49 @@
+"""Advantages: how much better a completion did than its group.
+
+group-normalised   A = (r - mean) / (std + eps)              GRPO, arXiv:2402.03300
+group-centred      A = r - mean                              Dr. GRPO, arXiv:2503.20783
+leave-one-out      A = r - mean of the others                RLOO, arXiv:2402.14740
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from jaxtyping import Float
+from torch import Tensor
+
+from treadle.core.config import Config
+
+
+class Advantage(Config):
+    """A shape: rewards of groups to advantages."""
+
+    @abstractmethod
+    def __call__(self, rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
+        """Advantages of G completions for each of P prompts."""
+
+
+class GroupNormalised(Advantage):
+    """Centred and divided by the group's standard deviation (unbiased)."""
+
+    eps: float = 1e-4
+
+    def __call__(self, rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
+        centred = rewards - rewards.mean(-1, keepdim=True)
+        return centred / (rewards.std(-1, keepdim=True) + self.eps)
+
+
+class GroupCentred(Advantage):
+    """Centred only, so that groups of nearly equal rewards do not count as much as others."""
+
+    def __call__(self, rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
+        return rewards - rewards.mean(-1, keepdim=True)
+
+
+class LeaveOneOut(Advantage):
+    """Against the mean of the other completions: an unbiased baseline."""
+
+    def __call__(self, rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
+        group = rewards.shape[-1]
+        others = (rewards.sum(-1, keepdim=True) - rewards) / (group - 1)
+        return rewards - others

@@ -1,0 +1,187 @@
+"""Rollouts: the on-policy source. generate -> score -> advantage -> batch.
+
+Each step takes the next prompts, lets the one generation engine continue each of them G times
+(a group's prompt is computed once), scores the answers, and lays prompt and completions out as a
+tree, so that the update computes each prompt once as well. Groups whose rewards are all equal
+carry no signal and are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from treadle.alignment.advantages import Advantage, GroupNormalised
+from treadle.core.errors import TreadleError
+from treadle.data.batch import Piece, assemble, within_budget
+from treadle.data.problems import Problems
+from treadle.data.records import Problem
+from treadle.data.source import Env, Source, Stream, Work
+from treadle.inference.engine import Engine, EngineConfig
+from treadle.inference.request import Completion, Request
+from treadle.inference.sampling import Sampling
+from treadle.objectives.policy import PolicyBatch
+from treadle.tokenizers.chat import encode_prompt
+
+REDRAWS = 8
+"""Times that a step asks for new prompts when no group has a signal."""
+
+
+class Rollouts(Source):
+    """Groups of completions that the model in training samples for problems with a verifier."""
+
+    problems: Problems
+    prompts: int = Field(8, ge=1)
+    """Problems in a step, over all ranks."""
+    completions: int = Field(8, ge=2)
+    """Completions for each problem."""
+    sampling: Sampling = Sampling(max_tokens=128)
+    advantage: Advantage = GroupNormalised()
+    tokens: int = Field(4096, ge=1)
+    """Most tokens in a micro-batch."""
+
+    def open(self, env: Env) -> RolloutStream:
+        if self.prompts % env.world:
+            raise TreadleError(
+                f"Rollouts: prompts={self.prompts} cannot be shared by {env.world} processes: "
+                f"choose a multiple"
+            )
+        return RolloutStream(self, env)
+
+
+@dataclass(frozen=True)
+class Group:
+    """A problem, its completions and their rewards."""
+
+    problem: Problem
+    prompt: tuple[int, ...]
+    completions: Sequence[Completion]
+    rewards: tuple[float, ...]
+
+
+class RolloutStream(Stream):
+    """Its state is how many problems have been drawn: the model's own state makes the rest."""
+
+    def __init__(self, config: Rollouts, env: Env) -> None:
+        self.config, self.env = config, env
+        self.drawn = 0
+        slots = config.prompts // env.world * config.completions
+        self.engine = Engine(
+            env.model, env.tokenizer, EngineConfig(slots=slots), autocast=env.autocast
+        )
+
+    def __next__(self) -> Work:
+        redraws = 0
+        while True:
+            groups = self.roll()
+            rewards = torch.tensor([g.rewards for g in groups])
+            advantages = self.config.advantage(rewards)
+            useful = [i for i, row in enumerate(advantages) if bool((row != 0).any())]
+            # Several processes must stay in step: there, one without a signal adds nothing.
+            if useful or self.env.world > 1:
+                break
+            redraws += 1
+            if redraws == REDRAWS:
+                raise TreadleError(
+                    f"the rewards within every group were equal for {REDRAWS} draws of "
+                    f"{self.config.prompts} problems (mean {float(rewards.mean()):.2f}): choose "
+                    "easier or harder problems, raise the temperature, or train on solutions first"
+                )
+        batches = self._batches([groups[i] for i in useful], advantages[useful])
+        return Work(batches, self._metrics(groups, rewards, len(useful), redraws))
+
+    def roll(self) -> list[Group]:
+        """Completions and rewards for this rank's share of the next problems."""
+        share = self.config.prompts // self.env.world
+        first = self.drawn + self.env.rank * share
+        self.drawn += self.config.prompts
+        problems = [self.config.problems.problem(i) for i in range(first, first + share)]
+        requests = [
+            Request(
+                prompt=prompt_tokens(self.env, problem),
+                sampling=self.config.sampling.replace(
+                    seed=self.config.sampling.seed + self.env.seed + first + offset
+                ),
+                n=self.config.completions,
+            )
+            for offset, problem in enumerate(problems)
+        ]
+        self.env.model.eval()
+        answers = self.engine.generate(requests)
+        self.env.model.train()
+        return [
+            Group(
+                problem,
+                request.prompt,
+                completions,
+                tuple(self.config.problems.score(problem, c.text) for c in completions),
+            )
+            for problem, request, completions in zip(problems, requests, answers, strict=True)
+        ]
+
+    def state(self) -> dict[str, Any]:
+        return {"drawn": self.drawn}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.drawn = int(state["drawn"])
+
+    def _batches(self, groups: list[Group], advantages: Tensor) -> tuple[PolicyBatch, ...]:
+        """Trees of whole groups, as many in a micro-batch as its token budget allows."""
+        sizes = [len(g.prompt) + sum(len(c.tokens) for c in g.completions) for g in groups]
+        temperature = self.config.sampling.temperature
+        return tuple(
+            policy_batch([groups[i] for i in run], advantages[run], temperature)
+            for run in within_budget(sizes, self.config.tokens)
+        )
+
+    def _metrics(
+        self, groups: list[Group], rewards: Tensor, useful: int, redraws: int
+    ) -> dict[str, float]:
+        completions = [c for g in groups for c in g.completions]
+        lengths = [len(c.tokens) for c in completions]
+        return {
+            "reward": float(rewards.mean()),
+            "reward_std": float(rewards.std(-1).mean()),
+            "solved": float((rewards >= 1.0).float().mean()),
+            "groups_with_signal": useful / len(groups),
+            "redraws": float(redraws),
+            "completion_tokens": sum(lengths) / len(lengths),
+            "cut_off": sum(c.finish == "length" for c in completions) / len(completions),
+        }
+
+
+def prompt_tokens(env: Env, problem: Problem) -> tuple[int, ...]:
+    """The problem as the chat template puts it, up to where the assistant begins."""
+    return tuple(encode_prompt(env.tokenizer, [m.plain() for m in problem.prompt]))
+
+
+def policy_batch(groups: Sequence[Group], advantages: Tensor, temperature: float) -> PolicyBatch:
+    """Prompt and completions of each group as a tree; every completion token is learned."""
+    pieces: list[Piece] = []
+    values: list[float] = []
+    behaviour: list[float] = []
+    for group, row in zip(groups, advantages.tolist(), strict=True):
+        root = len(pieces)
+        pieces.append(Piece(group.prompt, [False] * len(group.prompt)))
+        for completion, advantage in zip(group.completions, row, strict=True):
+            pieces.append(Piece(completion.tokens, [True] * len(completion.tokens), root))
+            values += [advantage] * len(completion.tokens)
+            behaviour += completion.logprobs
+    batch = assemble(pieces)
+    return PolicyBatch(
+        tokens=batch.tokens,
+        layout=batch.layout,
+        sources=batch.sources,
+        targets=batch.targets,
+        weights=batch.weights,
+        sequences=batch.sequences,
+        sequence_count=batch.sequence_count,
+        advantages=torch.tensor(values),
+        behaviour=torch.tensor(behaviour),
+        temperature=temperature,
+    )

@@ -1,0 +1,101 @@
+"""What a piece of work cost: time, processor time, peak memory, energy.
+
+Energy is read from the processor's counter (RAPL) and the GPU's (NVML) where the machine lets us.
+Elsewhere it is *estimated* from processor time, and every report says which of the two it is.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import psutil
+
+WATTS_PER_BUSY_CORE = 7.5
+"""Used for estimates only: a server core's share of a 2-4 W/core package at load plus memory."""
+
+RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What was spent."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+    """Highest resident memory of the process and its children while the work ran."""
+    joules: float
+    energy: Literal["measured", "estimated"]
+
+    def plus(self, earlier: dict[str, Any] | None) -> Cost:
+        """Together with what an interrupted attempt at the same work had spent."""
+        if not earlier:
+            return self
+        return Cost(
+            seconds=self.seconds + earlier["seconds"],
+            cpu_seconds=self.cpu_seconds + earlier["cpu_seconds"],
+            peak_bytes=max(self.peak_bytes, earlier["peak_bytes"]),
+            joules=self.joules + earlier["joules"],
+            energy=self.energy,
+        )
+
+    def plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Meter:
+    """A context manager that samples memory in the background; `cost()` may be asked any time."""
+
+    def __init__(self, interval: float = 0.2) -> None:
+        self.interval = interval
+        self.process = psutil.Process()
+        self.peak = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Self:
+        self.start, self.cpu, self.energy = time.monotonic(), self._cpu(), _rapl()
+        self._sample()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._sample()
+        self._stop.set()
+        self._thread.join()
+
+    def cost(self) -> Cost:
+        """What was spent since the meter was entered."""
+        seconds, cpu, energy = time.monotonic() - self.start, self._cpu() - self.cpu, _rapl()
+        measured = energy is not None and self.energy is not None
+        joules = (energy - self.energy) / 1e6 if measured else cpu * WATTS_PER_BUSY_CORE  # type: ignore[operator]
+        return Cost(seconds, cpu, self.peak, joules, "measured" if measured else "estimated")
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self.interval):
+            self._sample()
+
+    def _sample(self) -> None:
+        total = self.process.memory_info().rss
+        for child in self.process.children(recursive=True):
+            try:
+                total += child.memory_info().rss
+            except psutil.NoSuchProcess:
+                continue
+        self.peak = max(self.peak, total)
+
+    def _cpu(self) -> float:
+        times = self.process.cpu_times()
+        return float(times.user + times.system + times.children_user + times.children_system)
+
+
+def _rapl() -> int | None:
+    """Microjoules of the package so far, or None where it cannot be read."""
+    try:
+        return int(RAPL.read_text())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,1 @@
+"""Records, sources, packing: from files to batches."""

@@ -1,0 +1,43 @@
+"""What goes into the engine and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from treadle.inference.sampling import Sampling
+
+Finish = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, and how to continue it `n` times. The prompt is computed once for all n."""
+
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    n: int = 1
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One continuation of a request's prompt."""
+
+    tokens: tuple[int, ...]
+    """All sampled tokens, the stop token included."""
+    text: str
+    """Decoded, without stop tokens and without what follows a stop string."""
+    logprobs: tuple[float, ...]
+    """Of each sampled token under the model at the request's temperature (at 1 where greedy),
+    before truncation by top-k, top-p or min-p."""
+    finish: Finish
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A piece of a stream: text that is final, and the completion in the last piece."""
+
+    text: str
+    tokens: Sequence[int]
+    completion: Completion | None = None

@@ -1,0 +1,161 @@
+"""From logits to tokens.
+
+    p = softmax(z / T), truncated to a set of likely tokens, renormalised
+    top-k    the k likeliest                                  Fan et al. 2018
+    top-p    the likeliest whose mass reaches p               Holtzman et al. 2020
+    min-p    those with p_i >= min_p * max p                  Nguyen et al. 2024
+    repetition penalty: z_i / r if z_i > 0 else z_i r for tokens already seen (Keskar et al. 2019)
+
+Each request draws from its own counter-based random numbers, so its text does not depend on what
+else is in the batch. One uniform number picks a token through the cumulative distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import Field
+from torch import Tensor
+
+from treadle.core.cards import Card
+from treadle.core.config import Config
+
+CARD = Card(
+    id="inf.sampling",
+    paper="Holtzman et al. 2020, arXiv:1904.09751; Nguyen et al. 2024, min-p, arXiv:2407.01082",
+    summary="Greedy, temperature, top-k, top-p, min-p and repetition penalty, seeded per request.",
+    recipe="treadle chat smollm2-135m-instruct",
+    oracle="tests/inference/test_inference_sampling.py::test_truncation_matches_transformers",
+)
+
+
+class Sampling(Config):
+    """How to continue a prompt. The default is the model's own distribution."""
+
+    temperature: float = Field(1.0, ge=0.0)
+    """0 is greedy."""
+    top_k: int | None = Field(None, ge=1)
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    min_p: float = Field(0.0, ge=0.0, le=1.0)
+    repetition_penalty: float = Field(1.0, gt=0.0)
+    max_tokens: int = Field(256, ge=1)
+    stop: tuple[str, ...] = ()
+    """Strings that end the text; they are not part of it."""
+    seed: int = 0
+
+    @property
+    def truncates(self) -> bool:
+        return self.top_k is not None or self.top_p < 1.0 or self.min_p > 0.0
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A token for each row, and its log-probability at the row's temperature."""
+
+    tokens: Int[Tensor, " B"]
+    logprobs: Float[Tensor, " B"]
+
+
+def uniform(*words: Sequence[int]) -> Float[np.ndarray, " B"]:
+    """Numbers in [0, 1), each a hash of its words alone: splitmix64 (Steele et al. 2014)."""
+    z = np.zeros(len(words[0]), dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for word in words:
+            z = (z ^ np.asarray(word, dtype=np.int64).astype(np.uint64)) + np.uint64(
+                0x9E3779B97F4A7C15
+            )
+            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            z = z ^ (z >> np.uint64(31))
+    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def penalise(
+    logits: Float[Tensor, "B V"], seen: Bool[Tensor, "B V"], penalty: Float[Tensor, " B"]
+) -> Float[Tensor, "B V"]:
+    """Repetition penalty on the tokens that each row has seen."""
+    r = penalty[:, None]
+    return torch.where(seen, torch.where(logits > 0, logits / r, logits * r), logits)
+
+
+CANDIDATES = 256
+"""Likeliest tokens that are sorted first; rows whose top-p set is larger sort the vocabulary."""
+
+
+def truncate(
+    logits: Float[Tensor, "B V"],
+    top_k: Int[Tensor, " B"],
+    top_p: Float[Tensor, " B"],
+    min_p: Float[Tensor, " B"],
+) -> Float[Tensor, "B V"]:
+    """Logits with the excluded tokens at -inf; filters apply in the order top-k, top-p, min-p."""
+    vocab = logits.shape[-1]
+    everything = logits.logsumexp(-1, keepdim=True)
+    limited = top_k < vocab
+    unbounded = ~limited & (top_p >= 1) & (min_p <= 0)
+    size = min(vocab, max(CANDIDATES, int(torch.where(limited, top_k, 0).max())))
+    while True:
+        values = logits.topk(size, -1).values
+        allowed = torch.arange(size, device=logits.device) < top_k[:, None]
+        values = torch.where(allowed, values, float("-inf"))
+        norm = torch.where(limited[:, None], values.logsumexp(-1, keepdim=True), everything)
+        p = (values - norm).exp()
+        reached = p.cumsum(-1)
+        bounded = (reached[:, -1] >= top_p) | (p[:, -1] < min_p * p[:, 0])
+        if size == vocab or bool((bounded | limited | unbounded).all()):
+            break
+        size = vocab
+    # Keep a token while the mass before it is below top_p; the first is always kept.
+    kept = ((reached - p) < top_p[:, None]) & (p >= min_p[:, None] * p[:, :1]) & (p > 0)
+    kept[:, 0] = True
+    last = torch.where(kept, values, float("inf")).amin(-1, keepdim=True)
+    return torch.where((logits >= last) | unbounded[:, None], logits, float("-inf"))
+
+
+def sample(
+    logits: Float[Tensor, "B V"],
+    samplings: Sequence[Sampling],
+    *,
+    streams: Sequence[int],
+    steps: Sequence[int],
+    seen: Bool[Tensor, "B V"] | None = None,
+) -> Draw:
+    """Draw a token for each row.
+
+    A row's random number depends on its sampling's seed, its stream (which of the n completions
+    of a request it is) and its step (how many tokens it has drawn).
+    """
+    device, vocab = logits.device, logits.shape[-1]
+    logits = logits.float()
+
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, device=device)
+
+    if seen is not None:
+        logits = penalise(logits, seen, column([s.repetition_penalty for s in samplings]))
+    temperature = column([s.temperature for s in samplings])
+    greedy = temperature == 0
+    if bool((temperature != 1).any()):
+        logits = logits / torch.where(greedy, 1.0, temperature)[:, None]
+    normaliser = logits.logsumexp(-1, keepdim=True)
+    tokens = logits.argmax(-1)
+    if not bool(greedy.all()):
+        kept = logits
+        if any(s.truncates for s in samplings):
+            kept = truncate(
+                logits,
+                torch.tensor([s.top_k or vocab for s in samplings], device=device).clamp(max=vocab),
+                column([s.top_p for s in samplings]),
+                column([s.min_p for s in samplings]),
+            )
+        cumulative = (kept - kept.amax(-1, keepdim=True)).exp().cumsum(-1)
+        u = torch.from_numpy(uniform([s.seed for s in samplings], streams, steps))
+        target = u.to(device, torch.float32)[:, None] * cumulative[:, -1:]
+        drawn = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=vocab - 1)
+        tokens = torch.where(greedy, tokens, drawn)
+    logprobs = logits.gather(-1, tokens[:, None])[:, 0] - normaliser[:, 0]
+    return Draw(tokens, logprobs)

@@ -1,0 +1,249 @@
+"""Log-probabilities of target tokens from hidden states, never holding all logits.
+
+    logp_i = z_i[y_i] - logsumexp(z_i),     z_i = cap(W h_i + b) / T
+
+The logits of all tokens would be M x V floats (2 GB for 10,000 tokens of a 50,000-word
+vocabulary); here they live a chunk of rows at a time.
+
+`token_logprobs` serves any loss of log-probabilities: its backward computes each chunk again.
+`linear_cross_entropy` knows that the loss is -sum_i w_i logp_i, so it takes the gradient in the
+forward pass, while the chunk's logits are there: no second product with W (as in Liger kernels,
+Hsu et al. 2024, arXiv:2410.10989).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+CHUNK_ELEMENTS = 16 * 2**20
+"""Logits held at once: 64 MiB in fp32."""
+
+
+@dataclass(frozen=True)
+class HeadRule:
+    """What happens between W h and the softmax."""
+
+    softcap: float | None = None
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """Log-probability and entropy (nats) of each prediction, without gradient."""
+
+    logprobs: Float[Tensor, " M"]
+    entropy: Float[Tensor, " M"]
+
+
+def chunks(rows: int, vocab: int) -> list[slice]:
+    step = max(1, CHUNK_ELEMENTS // vocab)
+    return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+
+
+def token_logprobs_reference(
+    hidden: Float[Tensor, "M D"],
+    weight: Float[Tensor, "V D"],
+    targets: Int[Tensor, " M"],
+    *,
+    bias: Float[Tensor, " V"] | None = None,
+    rule: HeadRule = HeadRule(),
+) -> Float[Tensor, " M"]:
+    """The definition, with all logits in memory."""
+    logits = F.linear(hidden, weight, bias).float()
+    if rule.softcap is not None:
+        logits = rule.softcap * torch.tanh(logits / rule.softcap)
+    logp = (logits / rule.temperature).log_softmax(-1)
+    return logp.gather(-1, targets[:, None])[:, 0]
+
+
+def token_logprobs(
+    hidden: Float[Tensor, "M D"],
+    weight: Float[Tensor, "V D"],
+    targets: Int[Tensor, " M"],
+    *,
+    bias: Float[Tensor, " V"] | None = None,
+    rule: HeadRule = HeadRule(),
+) -> Float[Tensor, " M"]:
+    """Log-probability of each target in fp32, differentiable in hidden, weight and bias."""
+    hidden, weight = _operands(hidden, weight)
+    logp: Tensor = _TokenLogprobs.apply(hidden, weight, targets, bias, rule)
+    return logp
+
+
+@torch.no_grad()
+def token_statistics(
+    hidden: Float[Tensor, "M D"],
+    weight: Float[Tensor, "V D"],
+    targets: Int[Tensor, " M"],
+    *,
+    bias: Float[Tensor, " V"] | None = None,
+    rule: HeadRule = HeadRule(),
+) -> TokenStatistics:
+    """Log-probability of each target and entropy of its distribution."""
+    hidden, weight = _operands(hidden, weight)
+    logprobs = torch.empty(len(targets), device=hidden.device)
+    entropy = torch.empty_like(logprobs)
+    for rows in chunks(len(targets), len(weight)):
+        logits, _ = _logits(hidden[rows], weight, bias, rule)
+        lse = logits.logsumexp(-1)
+        logprobs[rows] = logits.gather(-1, targets[rows, None])[:, 0] - lse
+        entropy[rows] = lse - (torch.exp(logits - lse[:, None]) * logits).sum(-1)
+    return TokenStatistics(logprobs, entropy)
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Sum of weighted negative log-probabilities, and how many targets were the likeliest token."""
+
+    total: Float[Tensor, ""]
+    correct: Float[Tensor, ""]
+
+
+def linear_cross_entropy(
+    hidden: Float[Tensor, "M D"],
+    weight: Float[Tensor, "V D"],
+    targets: Int[Tensor, " M"],
+    weights: Float[Tensor, " M"],
+    *,
+    bias: Float[Tensor, " V"] | None = None,
+    rule: HeadRule = HeadRule(),
+) -> CrossEntropy:
+    """-sum_i weights_i logp_i; its gradient is taken chunk by chunk in the forward pass."""
+    hidden, weight = _operands(hidden, weight)
+    return CrossEntropy(*_LinearCrossEntropy.apply(hidden, weight, targets, weights, bias, rule))
+
+
+def _operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in one dtype: autocast's where it is on, else the weight's. Cast once, not per chunk."""
+    device = hidden.device.type
+    mixed = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if mixed else weight.dtype
+    return hidden.to(dtype), weight.to(dtype)
+
+
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: HeadRule
+) -> tuple[Tensor, Tensor | None]:
+    """fp32 logits after cap and temperature, and the derivative of the cap."""
+    logits = F.linear(hidden, weight, bias).float()
+    slope = None
+    if rule.softcap is not None:
+        tanh = torch.tanh(logits / rule.softcap)
+        logits, slope = rule.softcap * tanh, 1 - tanh.square()
+    if rule.temperature != 1.0:
+        logits = logits / rule.temperature
+    return logits, slope
+
+
+def _logit_gradient(
+    logits: Tensor, slope: Tensor | None, lse: Tensor, targets: Tensor, g: Tensor, rule: HeadRule
+) -> Tensor:
+    """d(sum g_i logp_i) / d(W h): g (onehot - softmax), through temperature and cap. In place."""
+    grad = logits.sub_(lse[:, None]).exp_().mul_(-g[:, None])
+    grad.scatter_add_(1, targets[:, None], g[:, None])
+    if rule.temperature != 1.0:
+        grad.div_(rule.temperature)
+    return grad if slope is None else grad.mul_(slope)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        rule: HeadRule,
+    ) -> Tensor:
+        logp = torch.empty(len(targets), device=hidden.device)
+        lse = torch.empty_like(logp)
+        for rows in chunks(len(targets), len(weight)):
+            logits, _ = _logits(hidden[rows], weight, bias, rule)
+            lse[rows] = logits.logsumexp(-1)
+            logp[rows] = logits.gather(-1, targets[rows, None])[:, 0] - lse[rows]
+        ctx.save_for_backward(hidden, weight, targets, bias, lse)
+        ctx.rule = rule
+        return logp
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, bias, lse = ctx.saved_tensors
+        sums = _Gradients(ctx, hidden, weight, bias)
+        for rows in chunks(len(targets), len(weight)):
+            logits, slope = _logits(hidden[rows], weight, bias, ctx.rule)
+            sums.add(
+                rows,
+                _logit_gradient(logits, slope, lse[rows], targets[rows], grads[0][rows], ctx.rule),
+            )
+        return sums.hidden, sums.weight, None, sums.bias, None
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        bias: Tensor | None,
+        rule: HeadRule,
+    ) -> tuple[Tensor, Tensor]:
+        total = torch.zeros((), device=hidden.device)
+        correct = torch.zeros((), device=hidden.device)
+        sums = _Gradients(ctx, hidden, weight, bias, positions=(0, 1, 4))
+        for rows in chunks(len(targets), len(weight)):
+            logits, slope = _logits(hidden[rows], weight, bias, rule)
+            y, w = targets[rows], weights[rows].float()
+            lse = logits.logsumexp(-1)
+            total += (w * (lse - logits.gather(-1, y[:, None])[:, 0])).sum()
+            correct += (w * (logits.argmax(-1) == y)).sum()
+            if sums.needed:
+                sums.add(rows, _logit_gradient(logits, slope, lse, y, -w, rule))
+        ctx.sums = sums
+        ctx.mark_non_differentiable(correct)
+        return total, correct
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        g, sums = grads[0], ctx.sums
+        hidden, weight, bias = (
+            None if t is None else t * g.to(t.dtype) for t in (sums.hidden, sums.weight, sums.bias)
+        )
+        return hidden, weight, None, None, bias, None
+
+
+class _Gradients:
+    """Sums of the gradients that are asked for; rows of logit gradients go in."""
+
+    def __init__(
+        self,
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        positions: tuple[int, int, int] = (0, 1, 3),
+    ) -> None:
+        need = [ctx.needs_input_grad[p] for p in positions]
+        self.needed = any(need)
+        self.inputs, self.matrix = hidden, weight
+        self.hidden = torch.empty_like(hidden) if need[0] else None
+        # Summed over chunks: in fp32, or rounding errors of bf16 add up.
+        self.weight = torch.zeros_like(weight, dtype=torch.float32) if need[1] else None
+        self.bias = torch.zeros_like(bias) if need[2] and bias is not None else None
+
+    def add(self, rows: slice, grad: Tensor) -> None:
+        low = grad.to(self.matrix.dtype)
+        if self.hidden is not None:
+            self.hidden[rows] = (low @ self.matrix).to(self.hidden.dtype)
+        if self.weight is not None:
+            self.weight += low.T @ self.inputs[rows].to(low.dtype)
+        if self.bias is not None:
+            self.bias += grad.sum(0).to(self.bias.dtype)

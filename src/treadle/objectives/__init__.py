@@ -1,0 +1,1 @@
+"""Pure losses: a model and a batch in, a sum and its divisor out."""

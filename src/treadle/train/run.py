@@ -1,0 +1,155 @@
+"""A run: the product of all axes as one value, and the step that carries it out.
+
+    Run(name="sft", model=Pretrained(name="smollm2-135m-instruct"), transforms=(LoRA(rank=16),),
+        source=..., objective=CausalLM(), optimizer=AdamW(lr=1e-3), fit=Fit(steps=100))
+
+Its folder holds the parameters that were trained; the manifest holds the whole configuration, so
+`Trained(step="sft")` gives the model back, whatever transforms it was made with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from treadle.core.config import parse, to_yaml
+from treadle.core.errors import FileFormatError, TreadleError
+from treadle.core.files import atomic_file
+from treadle.core.pipeline import Reads, Step, Workspace, read_manifest
+from treadle.data.source import Env, Source
+from treadle.models.decoder import DecoderModel
+from treadle.models.source import ModelSource, Opened, weight_bytes
+from treadle.models.transform import Transform
+from treadle.objectives.objective import Objective
+from treadle.optim.optimizer import Optimizer, Schedule
+from treadle.optim.schedules import Cosine
+from treadle.tokenizers.load import tokenizer_of
+from treadle.train.fit import Fit, fit
+from treadle.train.hooks import Hook, JsonLines, ShowProgress, TensorBoard
+from treadle.train.parallel.plan import Plan, SingleProcess
+
+WEIGHTS = "trained.safetensors"
+
+
+class Run(Step):
+    """Train one model with one objective."""
+
+    name: str = "train"
+    model: ModelSource
+    transforms: tuple[Transform, ...] = ()
+    source: Source
+    objective: Objective
+    optimizer: Optimizer
+    schedule: Schedule = Cosine()
+    fit: Fit
+    plan: Plan = SingleProcess()
+    seed: int = 0
+
+    def execute(self, workspace: Workspace) -> Mapping[str, Any]:
+        folder = workspace.folder
+        opened = self.model.open(workspace)
+        model = transformed(opened.model, self.transforms)
+        world = self.plan.setup()
+        precision = self.fit.precision.resolve(world.device, workspace.progress.say)
+        env = Env(
+            model=model,
+            tokenizer=tokenizer_of(opened),
+            scratch=folder / "scratch",
+            seed=self.seed,
+            rank=world.rank,
+            world=world.size,
+            device=str(world.device),
+            autocast=partial(precision.autocast, world.device),
+        )
+        env.scratch.mkdir(exist_ok=True)
+        hooks: list[Hook] = []
+        if world.rank == 0:
+            hooks = [
+                JsonLines(folder / "metrics.jsonl"),
+                TensorBoard(folder / "tensorboard"),
+                ShowProgress(workspace.progress, self.name),
+            ]
+        result = fit(
+            model,
+            self.source.open(env),
+            self.objective,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            config=self.fit.replace(precision=precision),
+            plan=self.plan,
+            world=world,
+            folder=folder / "checkpoints",
+            hooks=hooks,
+            description=to_yaml(self),
+        )
+        weights = self.plan.full_state(model)
+        if world.rank == 0:
+            save_trained(model, weights, folder / WEIGHTS)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return {
+            "kind": "train",
+            "metrics_file": "metrics.jsonl",
+            "loss": result.loss,
+            "steps": result.steps,
+            "tokens": result.tokens,
+            "skipped_steps": result.skipped,
+            "precision": str(precision.dtype()).removeprefix("torch."),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters_trained": trained,
+        }
+
+
+class Trained(ModelSource, Reads):
+    """The model that an earlier `Run` of the pipeline trained, with its transforms."""
+
+    def open(self, workspace: Workspace) -> Opened:
+        return open_trained(workspace.output(self.step), workspace)
+
+
+def open_trained(folder: Path, workspace: Workspace) -> Opened:
+    """The model of a finished training step, base and transforms included.
+
+    Raises:
+        TreadleError: the folder holds no training step.
+        FileFormatError: its weights do not fit its configuration.
+    """
+    config = read_manifest(folder)["config"]
+    if config["kind"] != "Run":
+        raise TreadleError(f"{folder} is a {config['kind']} step: it trained no model")
+    run = parse(config, expect=Run, where=lambda path: str(folder / "manifest.json"))
+    opened = run.model.open(workspace)
+    model = transformed(opened.model, run.transforms)
+    load_trained(model, folder / WEIGHTS)
+    size = (opened.bytes_on_disk or 0) + weight_bytes(folder / WEIGHTS)
+    return Opened(model, opened.origin, opened.metadata, size)
+
+
+def transformed(model: DecoderModel, transforms: tuple[Transform, ...]) -> DecoderModel:
+    for transform in transforms:
+        model = transform(model)
+    return model
+
+
+def save_trained(model: DecoderModel, weights: Mapping[str, Tensor], path: Path) -> None:
+    """The parameters that train, by name."""
+    tensors = {n: weights[n] for n, p in model.named_parameters() if p.requires_grad}
+    with atomic_file(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def load_trained(model: DecoderModel, path: Path) -> None:
+    """Put saved parameters back; all that train must be there, and nothing else."""
+    tensors = load_file(path)
+    expected = {n for n, p in model.named_parameters() if p.requires_grad}
+    if set(tensors) != expected:
+        odd = sorted(set(tensors) ^ expected)[:3]
+        raise FileFormatError(
+            f"{path}: its parameters are not those that the run trains (first: {', '.join(odd)}): "
+            "the folder was changed, or comes from another version; train again"
+        )
+    model.load_state_dict(tensors, strict=False)

@@ -1,0 +1,73 @@
+"""The step function: gradients of one optimiser step, summed over micro-batches and ranks.
+
+`fit` is built on it, and so is any method that needs a loop of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from treadle.data.source import Work
+from treadle.models.decoder import DecoderModel
+from treadle.objectives.objective import Objective
+from treadle.train.parallel.plan import Plan, World
+from treadle.train.precision import Precision, Scaler
+
+
+@dataclass
+class Sums:
+    """Totals of one optimiser step: of this rank's micro-batches, then of all ranks."""
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, name: str, value: Tensor) -> None:
+        value = value.detach().double()
+        self.values[name] = self.values[name] + value if name in self.values else value
+
+    def over_ranks(self, plan: Plan) -> dict[str, float]:
+        names = sorted(self.values)
+        reduced = plan.reduce_sum(torch.stack([self.values[n] for n in names]))
+        return dict(zip(names, reduced.tolist(), strict=True))
+
+
+def summed_gradients(
+    model: DecoderModel,
+    objective: Objective,
+    work: Work,
+    world: World,
+    plan: Plan,
+    precision: Precision,
+    scaler: Scaler,
+) -> Sums:
+    """Leave the summed gradients of a step in the parameters; return its other sums."""
+    sums = Sums()
+    rounds = plan.rounds(len(work.batches))
+    for index in range(rounds):
+        # A rank with fewer micro-batches than others still takes part in their communication.
+        extra = index >= len(work.batches)
+        batch = work.batches[-1 if extra else index].to(world.device)
+        plan.begin(model, last=index == rounds - 1)
+        with precision.autocast(world.device):
+            output = objective(model, batch)
+        scaler.scale(output.total * 0.0 if extra else output.total).backward()
+        if not extra:
+            sums.add("total", output.total)
+            sums.add("weight", output.weight)
+            sums.add("tokens", torch.tensor(batch.layout.tokens, device=world.device))
+            for name, value in output.metrics.items():
+                sums.add(f"metric.{name}", value)
+    plan.finish(model)
+    return sums
+
+
+def ratios(sums: dict[str, float]) -> dict[str, float]:
+    """Metrics divided by the weight of the step, like the loss."""
+    prefix = "metric."
+    return {
+        name.removeprefix(prefix): value / sums["weight"]
+        for name, value in sums.items()
+        if name.startswith(prefix)
+    }
