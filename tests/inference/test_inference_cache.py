@@ -46,7 +46,7 @@ def variants():
     ("name", "model"), list(variants()), ids=lambda v: v if isinstance(v, str) else ""
 )
 def test_cached_equals_uncached(name, model) -> None:
-    """Prompts of unequal length, fewer slots than requests, sequences that end at different times."""
+    """Prompts and answers of unequal length, fewer slots than requests."""
     torch.manual_seed(2)
     prompts = [tuple(torch.randint(0, 256, (n,)).tolist()) for n in PROMPTS]
     engine = Engine(model, byte_tokenizer(), EngineConfig(slots=3, prefill_tokens=40))
