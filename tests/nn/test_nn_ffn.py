@@ -13,7 +13,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
-from treadle.kernels.gated import Activation
+from treadle.kernels.gated import Activation, activate
 from treadle.nn.ffn.ffn import MLP, GatedMLP
 
 DIM, HIDDEN = 12, 20

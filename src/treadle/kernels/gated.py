@@ -27,7 +27,7 @@ def activate(x: Tensor, name: Activation) -> Tensor:
         case "silu":
             return F.silu(x)
         case "relu2":
-            return F.relu(x).square_()
+            return F.relu(x).square()
 
 
 def activation_gradient(grad: Tensor, x: Tensor, name: Activation) -> Tensor:
