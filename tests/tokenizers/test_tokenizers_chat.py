@@ -154,6 +154,28 @@ def test_a_template_that_rewrites_turns_is_refused(trained: Tokenizer) -> None:
     assert learned(tokenizer, turns=LastTurn()) == ["(thinks) No.\n<|im_end|>"]
 
 
+def test_tools_and_calls_are_shown(trained: Tokenizer, tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": "é"}}}
+    messages = [
+        *CONVERSATION[:2],
+        {"role": "assistant", "content": None, "tool_calls": [call, call]},
+        {"role": "tool", "content": "42"},
+        {"role": "assistant", "content": "It is 42."},
+    ]
+    assert_same_as_transformers(trained, tmp_path, (messages,))
+    spoken = '<tool_call>{"name": "f", "arguments": {"a": "é"}}</tool_call>'
+    chat = encode_chat(trained, messages, tools=TOOLS)
+    learned = [i for i, inside in zip(chat.ids, chat.mask, strict=True) if inside]
+    expected = f"{spoken * 2}<|im_end|>It is 42.<|im_end|>"
+    assert trained.decode(learned, skip_special=False) == expected
+
+    silent = trained.with_template("{% for m in messages %}{{ m.content }}{% endfor %}")
+    with pytest.raises(TreadleError, match="has `tools`, which the chat template does not show"):
+        encode_prompt(silent, CONVERSATION, tools=TOOLS)
+    with pytest.raises(TreadleError, match="has `tool_calls`, which the chat template"):
+        encode_chat(silent, messages)
+
+
 def test_default_template_follows_the_vocabulary(trained: Tokenizer, story: str) -> None:
     assert default_template(trained) == CHATML == trained.chat_template
     bare = ByteLevelBPE(vocab_size=300, special_tokens=("<|endoftext|>",))([story])

@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 from treadle.core.config import Config, digest, dump, to_yaml
 from treadle.core.errors import ConfigError, TreadleError, did_you_mean
 from treadle.core.files import sha256, write_json, write_text
+from treadle.core.machine import machine
 from treadle.core.meter import Meter
 from treadle.core.progress import Progress, Silent, Task
 
@@ -49,6 +50,10 @@ class Step(Config):
     def reads(self) -> tuple[str, ...]:
         """Names of the steps that this one uses."""
         return tuple(dict.fromkeys(r.step for r in _references(self)))
+
+
+class Summary(Step):
+    """A shape: a step that reads all earlier ones, such as a report."""
 
 
 class Pipeline(Config):
@@ -133,7 +138,8 @@ def execute(pipeline: Pipeline, root: Path, progress: Progress | None = None) ->
             else:
                 _prepare(folder, key)
                 inner = _Share(progress, overall, passed, step.minutes)
-                seconds = _run(step, Workspace(root, folder, pipeline, inner), key, keys)
+                read = {name: keys[name] for name in inputs(pipeline)[step.name]}
+                seconds = _run(step, Workspace(root, folder, pipeline, inner), key, read)
                 progress.say(f"{step.name}: done in {_duration(seconds)}")
             passed += step.minutes
 
@@ -164,12 +170,21 @@ class _SharedTask(Task):
         self.inner.close()
 
 
+def inputs(pipeline: Pipeline) -> dict[str, tuple[str, ...]]:
+    """Names of the steps that each step uses."""
+    used: dict[str, tuple[str, ...]] = {}
+    for step in pipeline.steps:
+        used[step.name] = tuple(used) if isinstance(step, Summary) else step.reads()
+    return used
+
+
 def step_keys(pipeline: Pipeline) -> dict[str, str]:
     """Each step's key; it changes with the step's configuration and with what it reads."""
     keys: dict[str, str] = {}
+    read = inputs(pipeline)
     for step in pipeline.steps:
         description = {k: v for k, v in dump(step).items() if k != "minutes"}
-        keys[step.name] = digest([description, [keys[name] for name in step.reads()]])
+        keys[step.name] = digest([description, [keys[name] for name in read[step.name]]])
     return keys
 
 
@@ -198,7 +213,7 @@ def _prepare(folder: Path, key: str) -> None:
     write_json(begun, {"key": key})
 
 
-def _run(step: Step, workspace: Workspace, key: str, keys: Mapping[str, str]) -> float:
+def _run(step: Step, workspace: Workspace, key: str, read: Mapping[str, str]) -> float:
     folder = workspace.folder
     spent = folder / SPENT
     earlier = json.loads(spent.read_text()) if spent.is_file() else None
@@ -214,11 +229,12 @@ def _run(step: Step, workspace: Workspace, key: str, keys: Mapping[str, str]) ->
         "step": step.name,
         "key": key,
         "config": dump(step),
-        "reads": {name: keys[name] for name in step.reads()},
+        "reads": dict(read),
         "metrics": metrics,
         "cost": cost.plain(),
         "files": _inventory(folder),
         "versions": versions(),
+        "machine": machine(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     write_json(folder / MANIFEST, record)

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from treadle.core.errors import FileFormatError, did_you_mean
-from treadle.data.records import Messages
-from treadle.tokenizers.template import Message
+from treadle.data.records import Message, Messages
 
 Row = Mapping[str, Any]
 
@@ -50,14 +49,14 @@ def flag(row: Row, key: str) -> bool:
 
 def said_by(role: str, content: str) -> Messages:
     """One message, or none if there is nothing to say."""
-    return ({"role": role, "content": content},) if content else ()
+    return (Message(role, content),) if content else ()
 
 
 def turns_or_text(row: Row, key: str, *, role: str) -> Messages:
     """Messages, or a text that `role` says."""
     value = _present(row, key)
     if isinstance(value, str):
-        return ({"role": role, "content": value},)
+        return (Message(role, value),)
     return messages_of(row, key)
 
 
@@ -80,7 +79,8 @@ def _message(value: Any, key: str) -> Message:
         content = "".join(str(part["text"]) for part in content)
     if not isinstance(content, str):
         raise FileFormatError(f"key `{key}`: `content` should be text, found {_kind(content)}")
-    return {**message, "content": content}
+    extra = {k: v for k, v in message.items() if k not in ("role", "content")}
+    return Message(message["role"], content, extra)
 
 
 def conversation(row: Row, key: str) -> Messages:
@@ -97,10 +97,10 @@ def tagged(turn: Any, key: str) -> Message:
         raise FileFormatError(f"key `{key}`: expected a turn with `from` and `value`")
     tag, said = str(turn.get("from")), turn["value"]
     if tag == "function_call":
-        return {"role": "assistant", "content": "", "tool_calls": _calls(said, key)}
+        return Message("assistant", "", {"tool_calls": _calls(said, key)})
     if tag not in ROLES:
         raise FileFormatError(f"key `{key}`: unknown tag `{tag}`{did_you_mean(tag, ROLES)}")
-    return {"role": ROLES[tag], "content": said}
+    return Message(ROLES[tag], said)
 
 
 def _calls(said: str, key: str) -> list[dict[str, Any]]:

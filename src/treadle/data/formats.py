@@ -11,7 +11,7 @@
 | TranscriptFormat | `{chosen, rejected}`: "\\n\\nHuman: ... \\n\\nAssistant: ..." (HH-RLHF) |
 | ShareGPTPreferenceFormat | `{conversations, chosen: {from, value}, rejected}` |
 | KTOFormat | `{prompt, completion, label}` |
-| LabeledMessagesFormat | `{messages, label}` |
+| LabelledMessagesFormat | `{messages, label}` |
 | ProblemFormat | `{question, answer}` and the name of a verifier |
 """
 
@@ -39,7 +39,8 @@ from treadle.data.fields import (
 )
 from treadle.data.records import (
     Chat,
-    Labeled,
+    Labelled,
+    Message,
     Messages,
     Preference,
     Problem,
@@ -51,7 +52,7 @@ CARD = Card(
     id="data.formats",
     paper="Taori et al. 2023 (Alpaca); Wei et al. 2022 (FLAN); Bai et al. 2022 (HH-RLHF)",
     summary="Reads the instruction, preference and problem formats of the field as one schema.",
-    recipe="treadle run quickstart-sft",
+    recipe="treadle run quickstart",
     oracle="tests/tokenizers/test_tokenizers_chat.py::test_marked_turns_match_transformers",
 )
 
@@ -94,8 +95,8 @@ class AlpacaFormat(Format):
             (
                 *said_by("system", optional_text(row, self.system)),
                 *(m for q, a in past for m in (*said_by("user", q), *said_by("assistant", a))),
-                {"role": "user", "content": f"{asked}\n\n{more}" if more else asked},
-                {"role": "assistant", "content": text(row, self.output)},
+                Message("user", f"{asked}\n\n{more}" if more else asked),
+                Message("assistant", text(row, self.output)),
             )
         )
 
@@ -130,7 +131,7 @@ class FlanFormat(Format):
 
     def __call__(self, row: Row) -> Chat:
         asked, told = text(row, self.inputs), text(row, self.targets)
-        return Chat((*said_by("user", asked), {"role": "assistant", "content": told}))
+        return Chat((Message("user", asked), Message("assistant", told)))
 
 
 class PreferenceFormat(Format):
@@ -143,16 +144,15 @@ class PreferenceFormat(Format):
     chosen: str = "chosen"
     rejected: str = "rejected"
     system: str = "system"
-    tools: str = "tools"
 
     def __call__(self, row: Row) -> Preference:
         chosen = turns_or_text(row, self.chosen, role="assistant")
         rejected = turns_or_text(row, self.rejected, role="assistant")
-        if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
-            return _parted(chosen, rejected, tools_of(row, self.tools), self.chosen)
+        if chosen[0].role != "assistant" or rejected[0].role != "assistant":
+            return _parted(chosen, rejected, self.chosen)
         system = said_by("system", optional_text(row, self.system))
         prompt = (*system, *turns_or_text(row, self.prompt, role="user"))
-        return Preference(prompt, chosen, rejected, tools_of(row, self.tools))
+        return Preference(prompt, chosen, rejected)
 
 
 class TranscriptFormat(Format):
@@ -163,7 +163,7 @@ class TranscriptFormat(Format):
 
     def __call__(self, row: Row) -> Preference:
         chosen, rejected = _transcript(row, self.chosen), _transcript(row, self.rejected)
-        return _parted(chosen, rejected, (), self.chosen)
+        return _parted(chosen, rejected, self.chosen)
 
 
 class ShareGPTPreferenceFormat(Format):
@@ -172,14 +172,12 @@ class ShareGPTPreferenceFormat(Format):
     conversations: str = "conversations"
     chosen: str = "chosen"
     rejected: str = "rejected"
-    tools: str = "tools"
 
     def __call__(self, row: Row) -> Preference:
         return Preference(
             conversation(row, self.conversations),
             (tagged(row.get(self.chosen), self.chosen),),
             (tagged(row.get(self.rejected), self.rejected),),
-            tools_of(row, self.tools),
         )
 
 
@@ -190,25 +188,25 @@ class KTOFormat(Format):
     completion: str = "completion"
     label: str = "label"
 
-    def __call__(self, row: Row) -> Labeled:
-        return Labeled(
+    def __call__(self, row: Row) -> Labelled:
+        return Labelled(
             turns_or_text(row, self.prompt, role="user"),
             turns_or_text(row, self.completion, role="assistant"),
             flag(row, self.label),
         )
 
 
-class LabeledMessagesFormat(Format):
+class LabelledMessagesFormat(Format):
     """Messages whose last, the assistant's, is good or bad."""
 
     messages: str = "messages"
     label: str = "label"
 
-    def __call__(self, row: Row) -> Labeled:
+    def __call__(self, row: Row) -> Labelled:
         messages = messages_of(row, self.messages)
-        if messages[-1]["role"] != "assistant":
+        if messages[-1].role != "assistant":
             raise FileFormatError(f"key `{self.messages}`: the last message is not the assistant's")
-        return Labeled(messages[:-1], messages[-1:], flag(row, self.label))
+        return Labelled(messages[:-1], messages[-1:], flag(row, self.label))
 
 
 class ProblemFormat(Format):
@@ -250,13 +248,14 @@ def detect(row: Row) -> Format:
     if keys >= {"prompt", "completion", "label"}:
         return KTOFormat()
     if keys >= {"messages", "label"}:
-        return LabeledMessagesFormat()
+        return LabelledMessagesFormat()
     if "messages" in keys:
         return MessagesFormat()
     if "conversations" in keys:
-        first = next(iter(row["conversations"] or []), {})
-        has_role = isinstance(first, Mapping) and "role" in first
-        return MessagesFormat(messages="conversations") if has_role else ShareGPTFormat()
+        turns = row["conversations"]
+        if isinstance(turns, list) and turns and isinstance(turns[0], dict) and "role" in turns[0]:
+            return MessagesFormat(messages="conversations")
+        return ShareGPTFormat()
     if "instruction" in keys:
         output = next((k for k in ("output", "response") if k in keys), "output")
         return AlpacaFormat(output=output)
@@ -299,21 +298,19 @@ def convert(
         yield record
 
 
-def _parted(
-    chosen: Messages, rejected: Messages, tools: tuple[Mapping[str, Any], ...], key: str
-) -> Preference:
+def _parted(chosen: Messages, rejected: Messages, key: str) -> Preference:
     """Two conversations to their common prompt and what follows it."""
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
-    while shared and chosen[shared - 1]["role"] == "assistant":
+    while shared and chosen[shared - 1].role == "assistant":
         shared -= 1
     after = (chosen[shared:], rejected[shared:])
-    if not shared or not all(turns and turns[0]["role"] == "assistant" for turns in after):
+    if not shared or not all(turns and turns[0].role == "assistant" for turns in after):
         raise FileFormatError(
             f"key `{key}`: the two conversations do not part at an answer of the assistant"
         )
-    return Preference(chosen[:shared], *after, tools)
+    return Preference(chosen[:shared], *after)
 
 
 def _transcript(row: Row, key: str) -> Messages:
@@ -322,6 +319,6 @@ def _transcript(row: Row, key: str) -> Messages:
         raise FileFormatError(f"key `{key}`: expected a transcript that begins with `Human:`")
     roles = {"Human": "user", "Assistant": "assistant"}
     return tuple(
-        {"role": roles[who], "content": said.strip()}
+        Message(roles[who], said.strip())
         for who, said in zip(parts[1::2], parts[2::2], strict=True)
     )

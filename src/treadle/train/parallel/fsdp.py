@@ -63,7 +63,8 @@ class FSDP(Plan):
             else ((self.replicas, shards), ("replicate", "shard"))
         )
         mesh = init_device_mesh(device, shape, mesh_dim_names=names)
-        offload = CPUOffloadPolicy() if self.offload else OffloadPolicy()
+        pinned = CPUOffloadPolicy(pin_memory=torch.accelerator.is_available())
+        offload = pinned if self.offload else OffloadPolicy()
         reshard = self.stage == 3
         blocks = [m for m in model.modules() if isinstance(m, BlockLayer)]
         for block in blocks:
@@ -73,6 +74,7 @@ class FSDP(Plan):
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
 
     def rounds(self, batches: int) -> int:
         most = torch.tensor(batches)
