@@ -14,8 +14,10 @@ from torch.testing import assert_close
 
 from treadle.core.errors import ConfigError, FileFormatError, TreadleError
 from treadle.models.decoder import Decoder, DecoderModel, LinearHead, swap
+from treadle.models.families import family_for_hf
 from treadle.models.family import explicit
 from treadle.models.gpt2 import gpt2
+from treadle.models.hub.gguf import GGUFFile, write_gguf
 from treadle.models.hub.load import load_model
 from treadle.models.hub.save import save_gguf, save_hf
 from treadle.models.llama import tiny_llama
@@ -28,12 +30,13 @@ NO_GGUF = {
     "llama-dynamic-rope",
     "llama-longrope",
     "qwen2-window",
+    "qwen3-tied-biases",
     "openai-gpt",
     "gemma3-linear-rope",
     "gemma2-scale",
 }
-"""llama.cpp's architectures have no such scaling of RoPE, no window in Qwen, no GPT-1, no uneven
-pattern of windows, and no scale of Gemma's queries but those of the released sizes."""
+"""llama.cpp's architectures have no such scaling of RoPE, no window in Qwen 2, no biases in
+Qwen 3, no GPT-1, no uneven pattern of windows, no scale of Gemma's queries but the released."""
 
 
 def logits(model: DecoderModel, tokens: torch.Tensor) -> torch.Tensor:
@@ -83,6 +86,9 @@ def test_gguf_round_trip_keeps_logits(name: str, tmp_path: Path) -> None:
     save_gguf(model, tmp_path / "m.gguf", format="F32")
     again = load_model(tmp_path / "m.gguf").model
     assert explicit(again.config) == explicit(model.config)
+    kind = name.split("-")[0]
+    written = GGUFFile.open(tmp_path / "m.gguf").metadata["general.architecture"]
+    assert written == ("llama" if kind == "mistral" else kind)
     tokens = torch.randint(0, 61, (2, 19))
     # Gemma's norms are stored as 1 + w and lose their last bits.
     tolerance = 1e-4 if name.startswith("gemma") else 0.0
@@ -168,8 +174,6 @@ def test_unusual_decoders_go_into_native_folders(tmp_path: Path) -> None:
     ],
 )
 def test_the_family_follows_from_the_decoder(decoder: Decoder, family: str) -> None:
-    from treadle.models.families import family_for_hf
-
     assert family_for_hf(decoder).name == family
 
 
@@ -245,8 +249,6 @@ def test_transforms_must_be_undone_before_saving(tmp_path: Path) -> None:
 
 def test_gguf_formats_follow_llama_cpp(tmp_path: Path) -> None:
     """Vectors F32; embedding that is also the head Q6_K; rows of 288 cannot be Q4_K."""
-    from treadle.models.hub.gguf import GGUFFile
-
     decoder = tiny_llama(512, dim=288, layers=1, heads=4, hidden=512)
     save_gguf(decoder.build(), tmp_path / "m.gguf", format="Q4_K")
     formats = {n: t.format for n, t in GGUFFile.open(tmp_path / "m.gguf").tensors.items()}
@@ -262,8 +264,6 @@ def test_gguf_formats_follow_llama_cpp(tmp_path: Path) -> None:
 
 
 def test_a_gguf_of_unknown_architecture_is_named(tmp_path: Path) -> None:
-    from treadle.models.hub.gguf import write_gguf
-
     write_gguf(tmp_path / "m.gguf", {"general.architecture": "lllama"}, [])
     with pytest.raises(ConfigError, match=r"unknown architecture `lllama`; did you mean `llama`\?"):
         load_model(tmp_path / "m.gguf")
