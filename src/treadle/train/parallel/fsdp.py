@@ -63,7 +63,8 @@ class FSDP(Plan):
             else ((self.replicas, shards), ("replicate", "shard"))
         )
         mesh = init_device_mesh(device, shape, mesh_dim_names=names)
-        offload = CPUOffloadPolicy() if self.offload else OffloadPolicy()
+        pinned = CPUOffloadPolicy(pin_memory=torch.accelerator.is_available())
+        offload = pinned if self.offload else OffloadPolicy()
         reshard = self.stage == 3
         blocks = [m for m in model.modules() if isinstance(m, BlockLayer)]
         for block in blocks:
