@@ -10,7 +10,7 @@ import typer
 from treadle.cli.chat import Model
 from treadle.cli.command import Command
 
-HUGGING_FACE = "hf"
+HUGGING_FACE, GGUF = "hf", "gguf"
 
 
 def export(
@@ -19,7 +19,7 @@ def export(
         Path | None, typer.Option("--to", help="Folder, or .gguf file [named after the model].")
     ] = None,
     form: Annotated[
-        str, typer.Option("--format", help="hf, or a GGUF format: F16, Q8_0, Q6_K, Q4_K, Q4_0 ...")
+        str, typer.Option("--format", help="hf, gguf (Q8_0), or F16, Q8_0, Q6_K, Q4_K, Q4_0 ...")
     ] = HUGGING_FACE,
     dtype: Annotated[str, typer.Option("--dtype", help="Of hf weights.")] = "bfloat16",
 ) -> None:
@@ -44,10 +44,23 @@ def export(
     name = Path(model).stem
     if form == HUGGING_FACE:
         target = to or Path(f"{name}-hf")
-        save_hf(merged, target, dtype=dtypes[dtype], fields=_token_ids(tokenizer))
+        ids = {f"{r}_token_id": getattr(tokenizer, f"{r}_id") for r in ("bos", "eos", "pad")}
+        save_hf(merged, target, dtype=dtypes[dtype], fields=ids)
         tokenizer.save(target)
     else:
+        form = "Q8_0" if form == GGUF else form
         target = to or Path(f"{name}.{form}.gguf")
         keys = tokenizer.to_gguf_metadata(vocab_size=merged.config.vocab)
         save_gguf(merged, target, format=form, metadata=keys)
     typer.echo(target)
+
+
+COMMAND = Command(
+    name="export",
+    run=export,
+    examples=(
+        "treadle export runs/quickstart",
+        "treadle export runs/quickstart --format Q4_K --to mine.gguf",
+        "treadle export smollm2-135m-instruct --to smollm2 --dtype float32",
+    ),
+)
