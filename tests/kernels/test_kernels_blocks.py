@@ -8,7 +8,7 @@ from torch import Tensor
 
 from treadle.core.errors import TreadleError
 from treadle.kernels.blocks import FORMATS, BlockFormat, block_format, dequantise, quantise
-from treadle.kernels.k_quants import fit_affine, fit_symmetric
+from treadle.kernels.k_quants import fit_affine, fit_pair, fit_symmetric
 
 gguf = pytest.importorskip("gguf")
 
@@ -148,6 +148,21 @@ def test_symmetric_search_is_near_the_best_of_all():
         best = torch.minimum(best, torch.minimum(error(peak * s / 32), error(-peak * s / 32)))
     assert (error(scale) <= 1.5 * best).all()
     assert error(scale).sum() <= 1.12 * best.sum()
+
+
+def test_two_scales_are_the_least_squares_solution():
+    random = torch.Generator().manual_seed(3)
+    a = torch.rand(5, 8, 32, generator=random) * 15
+    b = torch.rand(5, 8, 32, generator=random) * 63
+    x = 0.3 * a - 0.2 * b + torch.randn(5, 8, 32, generator=random)
+    given = torch.ones(5, 1, 1)
+    d, dmin = fit_pair(a, b, x, given, given)
+    for row in range(5):
+        matrix = torch.stack([a[row].flatten(), -b[row].flatten()], 1).double()
+        best = torch.linalg.lstsq(matrix, x[row].flatten().double()).solution
+        assert torch.stack([d[row], dmin[row]]).flatten().tolist() == best.half().tolist()
+    flat = fit_pair(a, torch.zeros_like(b), x, given, given)
+    assert all(torch.equal(value, given) for value in flat)
 
 
 @pytest.mark.parametrize("shape", ["normal", "heavy"])
