@@ -7,7 +7,18 @@ from typing import Annotated
 import typer
 
 from treadle import __version__
-from treadle.cli import chat, generate, recipes, run, schema, show, techniques, version
+from treadle.cli import (
+    chat,
+    export,
+    generate,
+    pull,
+    recipes,
+    run,
+    schema,
+    show,
+    techniques,
+    version,
+)
 from treadle.cli.command import Command, guarded
 
 COMMANDS: tuple[Command, ...] = (
@@ -16,6 +27,8 @@ COMMANDS: tuple[Command, ...] = (
     show.COMMAND,
     chat.COMMAND,
     generate.COMMAND,
+    export.COMMAND,
+    pull.COMMAND,
     schema.COMMAND,
     techniques.COMMAND,
     version.COMMAND,
