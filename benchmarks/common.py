@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def model_folder() -> Path:
 def gsm8k(count: int) -> list[list[dict[str, str]]]:
     """Real conversations of unequal length: GSM8K's questions and worked answers."""
     with gzip.open(DATA / "sft" / "gsm8k_train.jsonl.gz", "rt") as file:
-        rows: list[dict[str, Any]] = [json.loads(line) for _, line in zip(range(count), file)]
+        rows: list[dict[str, Any]] = [json.loads(line) for line in islice(file, count)]
     return [
         [
             {"role": "user", "content": row["question"]},

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import ctypes
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from oracles.ggml import ggml_quantise
 from torch import Tensor
 
 from treadle.core.errors import TreadleError
@@ -155,23 +153,9 @@ def test_symmetric_search_is_near_the_best_of_all():
 @pytest.mark.parametrize("shape", ["normal", "heavy"])
 @pytest.mark.parametrize("name", K_FORMATS)
 def test_no_worse_than_llama_cpp(name, shape):
-    llama_cpp = pytest.importorskip("llama_cpp")
-    libraries = Path(llama_cpp.__file__).parent / "lib"
-    ggml = ctypes.CDLL(str(next(libraries.glob("libggml-base.*"))))
-    ggml.ggml_quantize_chunk.argtypes = [
-        ctypes.c_int,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        *[ctypes.c_int64] * 3,
-        ctypes.c_void_p,
-    ]
-    ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
     format, x = FORMATS[name], weights(shape)
-    data = torch.zeros(x.numel() // 256 * format.block_bytes, dtype=torch.uint8)
-    ggml.ggml_quantize_chunk(
-        format.ggml_type, x.data_ptr(), data.data_ptr(), 0, len(x), x.shape[1], None
-    )
-    theirs = dequantise(data.view(len(x), -1), format)
+    data = ggml_quantise(x, format.ggml_type, format.block_size, format.block_bytes)
+    theirs = dequantise(data, format)
     assert relative_error(x, format) < float((theirs - x).norm() / x.norm())
 
 

@@ -35,4 +35,5 @@ class Interleaved(Problems):
         return replace(problem, metadata={**problem.metadata, "family": family})
 
     def score(self, problem: Problem, completion: str) -> float:
-        return self.families[problem.metadata["family"]].score(problem, completion)
+        family: int = problem.metadata["family"]
+        return self.families[family].score(problem, completion)
