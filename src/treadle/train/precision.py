@@ -29,7 +29,7 @@ CARD = Card(
     id="opt.precision",
     paper="Micikevicius et al. 2018, arXiv:1710.03740; Kalamkar et al. 2019, arXiv:1905.12322",
     summary="fp32, bf16, or fp16 with dynamic loss scaling; Auto races them on this machine.",
-    recipe="treadle run quickstart-scratch fit.precision.kind=BF16",
+    recipe="treadle run quickstart-scratch steps.1.fit.precision='{kind: BF16}'",
     oracle="tests/train/test_train_precision.py::test_loss_curves_agree",
 )
 
@@ -98,7 +98,7 @@ class DynamicScaler(Scaler):
         self.good = self.good + 1 if finite else 0
         if not finite and self.factor <= SMALLEST:
             raise TreadleError(
-                "gradients overflow fp16 at any scale: use fit.precision.kind=BF16 or FP32"
+                "gradients overflow fp16 at any scale: set fit.precision to BF16 or FP32"
             )
         if not finite:
             self.factor /= 2
