@@ -19,6 +19,7 @@ from treadle.cli import (
     techniques,
     version,
 )
+from treadle.cli import eval as evaluate
 from treadle.cli.command import Command, guarded
 
 COMMANDS: tuple[Command, ...] = (
@@ -27,6 +28,7 @@ COMMANDS: tuple[Command, ...] = (
     show.COMMAND,
     chat.COMMAND,
     generate.COMMAND,
+    evaluate.COMMAND,
     export.COMMAND,
     pull.COMMAND,
     schema.COMMAND,
