@@ -18,7 +18,7 @@ from torch import Tensor
 
 from treadle.alignment.advantages import Advantage, GroupNormalised
 from treadle.core.errors import TreadleError
-from treadle.data.batch import Piece, assemble
+from treadle.data.batch import Piece, assemble, within_budget
 from treadle.data.problems import Problems
 from treadle.data.records import Problem
 from treadle.data.source import Env, Source, Stream, Work
@@ -26,6 +26,7 @@ from treadle.inference.engine import Engine, EngineConfig
 from treadle.inference.request import Completion, Request
 from treadle.inference.sampling import Sampling
 from treadle.objectives.policy import PolicyBatch
+from treadle.tokenizers.chat import encode_prompt
 
 REDRAWS = 8
 """Times that a step asks for new prompts when no group has a signal."""
@@ -131,22 +132,12 @@ class RolloutStream(Stream):
 
     def _batches(self, groups: list[Group], advantages: Tensor) -> tuple[PolicyBatch, ...]:
         """Trees of whole groups, as many in a micro-batch as its token budget allows."""
-        batches: list[PolicyBatch] = []
-        held: list[int] = []
-        size = 0
-        for index, group in enumerate(groups):
-            cost = len(group.prompt) + sum(len(c.tokens) for c in group.completions)
-            if held and size + cost > self.config.tokens:
-                batches.append(self._batch([groups[i] for i in held], advantages[held]))
-                held, size = [], 0
-            held.append(index)
-            size += cost
-        if held:
-            batches.append(self._batch([groups[i] for i in held], advantages[held]))
-        return tuple(batches)
-
-    def _batch(self, groups: list[Group], advantages: Tensor) -> PolicyBatch:
-        return policy_batch(groups, advantages, self.config.sampling.temperature)
+        sizes = [len(g.prompt) + sum(len(c.tokens) for c in g.completions) for g in groups]
+        temperature = self.config.sampling.temperature
+        return tuple(
+            policy_batch([groups[i] for i in run], advantages[run], temperature)
+            for run in within_budget(sizes, self.config.tokens)
+        )
 
     def _metrics(
         self, groups: list[Group], rewards: Tensor, useful: int, redraws: int
@@ -166,8 +157,7 @@ class RolloutStream(Stream):
 
 def prompt_tokens(env: Env, problem: Problem) -> tuple[int, ...]:
     """The problem as the chat template puts it, up to where the assistant begins."""
-    text = env.tokenizer.render([m.plain() for m in problem.prompt], add_generation_prompt=True)
-    return tuple(env.tokenizer.encode(text))
+    return tuple(encode_prompt(env.tokenizer, [m.plain() for m in problem.prompt]))
 
 
 def policy_batch(groups: Sequence[Group], advantages: Tensor, temperature: float) -> PolicyBatch:

@@ -7,7 +7,19 @@ from typing import Annotated
 import typer
 
 from treadle import __version__
-from treadle.cli import recipes, report, run, schema, show, techniques, version
+from treadle.cli import (
+    chat,
+    export,
+    generate,
+    pull,
+    recipes,
+    report,
+    run,
+    schema,
+    show,
+    techniques,
+    version,
+)
 from treadle.cli.command import Command, guarded
 
 COMMANDS: tuple[Command, ...] = (
@@ -15,6 +27,10 @@ COMMANDS: tuple[Command, ...] = (
     recipes.COMMAND,
     show.COMMAND,
     report.COMMAND,
+    chat.COMMAND,
+    generate.COMMAND,
+    export.COMMAND,
+    pull.COMMAND,
     schema.COMMAND,
     techniques.COMMAND,
     version.COMMAND,

@@ -93,3 +93,16 @@ def assemble(pieces: Sequence[Piece]) -> Batch:
         sequences=torch.tensor(sequences, dtype=torch.long),
         sequence_count=count,
     )
+
+
+def within_budget(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices in order, cut into runs whose sizes sum to at most `budget` (or are one alone)."""
+    runs: list[list[int]] = []
+    room = 0
+    for index, size in enumerate(sizes):
+        if not runs or size > room:
+            runs.append([])
+            room = budget
+        runs[-1].append(index)
+        room -= size
+    return runs
