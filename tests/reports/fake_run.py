@@ -181,11 +181,11 @@ def pipeline(*, fails: bool = False, hostile: bool = False) -> Pipeline:
             FakeEvaluate(
                 name="evaluate-grpo", subject="grpo", model=FakeModel(step="grpo"), hostile=hostile
             ),
-            FakeQuantise(name="quantised", model=FakeModel(step="grpo")),
+            FakeQuantise(name="export", model=FakeModel(step="grpo")),
             FakeEvaluate(
                 name="evaluate-quantised",
                 subject="quantised",
-                model=FakeModel(step="quantised"),
+                model=FakeModel(step="export"),
                 hostile=hostile,
             ),
             Report(),

@@ -68,7 +68,7 @@ def test_every_figure_is_on_the_page(run: Path, page: Element) -> None:
         if stage == "base":
             assert (time, energy, memory) == ("–", "–", "–")
         else:
-            cost = manifest(run, stage)["cost"]
+            cost = manifest(run, "export" if stage == "quantised" else stage)["cost"]
             assert time == f"{cost['seconds']:.3g} s"
             assert energy == f"{cost['joules']:.3g} J {cost['energy']}"
             assert memory == f"{cost['peak_bytes'] / 1e6:.3g} MB"
@@ -106,7 +106,7 @@ def test_curves_answers_recipe_and_record_are_there(run: Path, page: Element) ->
             assert ("right" in mark) == right
     assert (run / "pipeline.yaml").read_text() == page.all("pre", **{"class": "code"})[0].text
     everything = page.text
-    for step in (*STAGES[1:], "evaluate-base"):
+    for step in ("sft", "grpo", "export", "evaluate-base"):
         for name, entry in manifest(run, step)["files"].items():
             assert f"{step}/{name}" in everything
             assert entry["sha256"] in everything
@@ -171,7 +171,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
 
 
 def test_names_of_metrics_are_only_text(tmp_path: Path) -> None:
-    execute(Pipeline(name="<i>", steps=(FakeTrain(name="sft"),)), tmp_path)
+    execute(Pipeline(name="names", steps=(FakeTrain(name="sft"),)), tmp_path)
     names = ("<b>loss</b>", "$x_{", 'a"b', "#010203", "a&amp;b")
     rows = "".join(json.dumps({"step": i, **dict.fromkeys(names, 1.5)}) + "\n" for i in (1, 2))
     (tmp_path / "sft" / "metrics.jsonl").write_text(f"{rows}not json\n[]\n")
@@ -188,7 +188,7 @@ def test_an_unfinished_run_says_what_is_missing(tmp_path: Path) -> None:
         execute(pipeline(fails=True), tmp_path)
     page = read_page(write_report(tmp_path, tmp_path / "out").read_text())
     said = page.all("p", **{"class": "lead"})[0].text
-    assert "grpo was interrupted; evaluate-grpo has not run; quantised has not run" in said
+    assert "grpo was interrupted; evaluate-grpo has not run; export has not run" in said
     assert "The last model so far (sft)" in said
     assert list(table(page.all("table", **{"class": "stack"})[0])) == [
         "5-gram baseline",
@@ -199,7 +199,7 @@ def test_an_unfinished_run_says_what_is_missing(tmp_path: Path) -> None:
     assert "Reward" in page.text  # its curve so far
     steps = table(page.all("table", **{"class": "stack"})[2])
     assert steps["grpo"][1] == "interrupted"
-    assert steps["quantised"][1:] == ["not run", "–", "–", "–", "–"]
+    assert steps["export"][1:] == ["not run", "–", "–", "–", "–"]
 
 
 def test_a_run_that_just_began(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_figures_of_another_configuration_are_left_out(run: Path, tmp_path: Path
     source = tmp_path / "run" / "pipeline.yaml"
     source.write_text(source.read_text().replace("seed: 3", "seed: 4"))
     states = {s.name: s.state for s in read_run(tmp_path / "run").steps}
-    stale = {"grpo", "evaluate-grpo", "quantised", "evaluate-quantised", "report"}
+    stale = {"grpo", "evaluate-grpo", "export", "evaluate-quantised", "report"}
     assert {name for name, state in states.items() if state == "outdated"} == stale
     page = read_page(write_report(tmp_path / "run", tmp_path / "out").read_text())
     assert list(table(page.all("table", **{"class": "stack"})[0]))[-1] == "sft"

@@ -1,7 +1,8 @@
 """The stages of a model in one run, each with what was measured of it and what it cost.
 
-A stage is a *subject* that evaluations name: `base`, or the step that made it (`sft`, `grpo`,
-`quantised`). Baselines stand beside them for comparison.
+A stage is a *subject* that evaluations name: `base`, `sft`, `grpo`, `quantised`. What it cost is
+that of the step that made it: the step of that name, or the one that the evaluation reads.
+Baselines stand beside the stages for comparison.
 """
 
 from __future__ import annotations
@@ -67,14 +68,13 @@ class Comparison:
 
 
 def stages_of(run: RunFolder) -> list[Stage]:
-    """Baselines first, then the stages in the order in which the run makes them."""
-    order = {step.name: place for place, step in enumerate(run.steps)}
+    """Baselines first, then the stages in the order in which the run measures them."""
     subjects: dict[str, list[StepRecord]] = {}
     for step in run.done():
         if step.metrics.get("kind") == EVALUATION:
             subjects.setdefault(str(step.metrics["subject"]), []).append(step)
-    stages = [_stage(run.step(name), name, steps) for name, steps in subjects.items()]
-    return sorted(stages, key=lambda s: (not s.baseline, order.get(s.subject, -1)))
+    stages = [_stage(_maker(name, steps, run), name, steps) for name, steps in subjects.items()]
+    return sorted(stages, key=lambda s: not s.baseline)
 
 
 def columns_of(stages: Sequence[Stage]) -> list[Column]:
@@ -146,12 +146,13 @@ def _stage(maker: StepRecord | None, subject: str, evaluations: Sequence[StepRec
     families = [f for name, f in results.items() if f["unit"] == "accuracy"]
     if OVERALL not in results and len(families) > 1:
         results[OVERALL] = pooled(families)
-    made = maker.manifest if maker is not None else {}
+    baseline = any(bool(s.metrics.get("baseline")) for s in evaluations)
+    made = {} if maker is None or baseline else maker.manifest
     cost: Mapping[str, Any] = made.get("cost", {})
     trained: Mapping[str, Any] = made.get("metrics", {})
     return Stage(
         subject=subject,
-        baseline=any(bool(s.metrics.get("baseline")) for s in evaluations),
+        baseline=baseline,
         results=results,
         evaluations=tuple(s.name for s in evaluations),
         tokens_per_second=_last(evaluations, "tokens_per_second"),
@@ -164,6 +165,13 @@ def _stage(maker: StepRecord | None, subject: str, evaluations: Sequence[StepRec
         energy=cost.get("energy"),
         making_peak_bytes=cost.get("peak_bytes"),
     )
+
+
+def _maker(subject: str, evaluations: Sequence[StepRecord], run: RunFolder) -> StepRecord | None:
+    """The step that made what was evaluated; None for a model that came from outside."""
+    read = [name for step in evaluations for name in step.manifest["reads"]]
+    alone = read[0] if len(set(read)) == 1 else ""
+    return run.step(subject) or run.step(alone)
 
 
 def _last(steps: Sequence[StepRecord], metric: str) -> Any:
