@@ -13,20 +13,24 @@ from treadle.cli import (
     generate,
     pull,
     recipes,
+    report,
     run,
     schema,
     show,
     techniques,
     version,
 )
+from treadle.cli import eval as evaluate
 from treadle.cli.command import Command, guarded
 
 COMMANDS: tuple[Command, ...] = (
     run.COMMAND,
     recipes.COMMAND,
     show.COMMAND,
+    report.COMMAND,
     chat.COMMAND,
     generate.COMMAND,
+    evaluate.COMMAND,
     export.COMMAND,
     pull.COMMAND,
     schema.COMMAND,
