@@ -4,8 +4,8 @@
     python3 scripts/dev.py quickstart   make the environment, run the quickstart
     python3 scripts/dev.py test         make the environment, run the tests
     python3 scripts/dev.py slow         the tests that take minutes or need a compiler
-    python3 scripts/dev.py lint         format, lint, types, rooms, ratchet
-    python3 scripts/dev.py fix          format, and mend what the linter can mend
+    python3 scripts/dev.py lint         format, lint, types, rooms, ratchet, pages
+    python3 scripts/dev.py fix          format, mend what can be mended, write pages anew
     python3 scripts/dev.py setup        make the environment only
     python3 scripts/dev.py hooks        run `lint` before each commit
 
@@ -41,6 +41,7 @@ LINTERS = {
     "types": [BIN / "mypy"],
     "rooms": [BIN / "lint-imports"],
     "ratchet": [PYTHON, ROOT / "scripts" / "ratchet.py"],
+    "pages": [PYTHON, ROOT / "scripts" / "techniques_page.py", "--check"],
 }
 
 
@@ -69,6 +70,7 @@ def main(arguments: list[str]) -> int:
         return run([BIN / "prek", "install", *rest])
     if command == "fix":
         run([BIN / "ruff", "check", "--fix", "--quiet", "."])
+        run([PYTHON, ROOT / "scripts" / "techniques_page.py"])
         return run([BIN / "ruff", "format", "."])
     return test([*(["-m", "slow"] if command == "slow" else []), *rest], parallel=command == "test")
 

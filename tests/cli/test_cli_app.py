@@ -160,6 +160,12 @@ def test_what_is_shown_runs(recipe: str) -> None:
     assert treadle("show", "runs/weave").stdout == shown.stdout
 
 
+def test_presets_of_model_families_are_shown() -> None:
+    shown = treadle("show", "gpt2", "dim=64")
+    assert shown.stdout.startswith("kind: Decoder\nvocab: 50257\ndim: 64\n")
+    assert "did you mean" in treadle("show", "gpt3").stderr
+
+
 def test_a_wrong_override_says_what_is_near(recipe: str) -> None:
     shown = treadle("run", recipe, "steps.0.txet=x")
     assert shown.exit_code == 2
@@ -179,7 +185,7 @@ def test_a_mistake_in_a_step_is_a_message_and_with_debug_a_traceback(recipe: str
 
 
 def test_ctrl_c_says_that_the_run_goes_on(recipe: str) -> None:
-    shown = treadle("run", recipe, "steps.1.wrong=ctrl-c")
+    shown = treadle("run", recipe, "steps.weft.wrong=ctrl-c")
     assert shown.exit_code == 130
     assert "the same command goes on" in shown.stderr
 
@@ -209,7 +215,7 @@ def test_a_real_ctrl_c_ends_with_130(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "found"),
     [
-        ("no-such-recipe", "no recipe `no-such-recipe`"),
+        ("no-such-recipe", "no recipe or preset `no-such-recipe`"),
         ("wave.yaml", "wave.yaml: no such file; did you mean `weave.yaml`?"),
         ("nothing.py", "nothing.py: no such file"),
         ("empty.py", "define a function `empty()`"),

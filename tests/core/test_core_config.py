@@ -293,6 +293,20 @@ def test_overrides_reach_every_depth() -> None:
     assert loom.spare == ToyYarn(colour="green")
 
 
+class ToyMill(Config):
+    looms: tuple[ToyLoom, ...]
+
+
+def test_overrides_find_entries_by_name() -> None:
+    mill = ToyMill(looms=(LOOM, LOOM.replace(name="second"), LOOM.replace(name="3")))
+    changed = override(mill, ["looms.second.shuttles=9", "looms.2.shuttles=7"])
+    assert [loom.shuttles for loom in changed.looms] == [2, 9, 7]
+    with pytest.raises(ConfigError, match=r"no `secnd`; did you mean `second`\?"):
+        override(mill, ["looms.secnd.shuttles=9"])
+    with pytest.raises(ConfigError, match=r"^override `looms.second.shuttles=x`: looms\.1\.shu"):
+        override(mill, ["looms.second.shuttles=x"])
+
+
 def test_overrides_apply_in_order() -> None:
     loom = read(TEXT, "spare={colour: green}", "spare.twist=2.0", "shuttles=3", "shuttles=4")
     assert (loom.spare, loom.shuttles) == (ToyYarn(colour="green", twist=2.0), 4)
@@ -305,11 +319,11 @@ def test_an_override_changes_the_kind() -> None:
 
 
 def test_an_override_leaves_equal_subtrees_alone() -> None:
-    twill = ToyTwill(slope=0.25, under=ToyTwill(slope=2.0))
+    twill = ToyTwill(slope=0.25, under=ToyTwill(slope=2.0, under=ToyTwill(slope=4.0)))
     loom = ToyLoom(name="twice", weave=twill, border=twill)
     assert "*" in to_yaml(loom)
     changed = override(loom, ["weave.under.slope=3.0"])
-    assert changed.weave == ToyTwill(slope=0.25, under=ToyTwill(slope=3.0))
+    assert changed.weave == twill.replace(under=twill.under.replace(slope=3.0))
     assert changed.border == twill
 
 

@@ -1,16 +1,14 @@
 from __future__ import annotations
 
-import ctypes
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from oracles.ggml import ggml_quantise
 from torch import Tensor
 
 from treadle.core.errors import TreadleError
 from treadle.kernels.blocks import FORMATS, BlockFormat, block_format, dequantise, quantise
-from treadle.kernels.k_quants import fit_affine, fit_symmetric
+from treadle.kernels.k_quants import fit_affine, fit_pair, fit_symmetric
 
 gguf = pytest.importorskip("gguf")
 
@@ -152,26 +150,27 @@ def test_symmetric_search_is_near_the_best_of_all():
     assert error(scale).sum() <= 1.12 * best.sum()
 
 
+def test_two_scales_are_the_least_squares_solution():
+    random = torch.Generator().manual_seed(3)
+    a = torch.rand(5, 8, 32, generator=random) * 15
+    b = torch.rand(5, 8, 32, generator=random) * 63
+    x = 0.3 * a - 0.2 * b + torch.randn(5, 8, 32, generator=random)
+    given = torch.ones(5, 1, 1)
+    d, dmin = fit_pair(a, b, x, given, given)
+    for row in range(5):
+        matrix = torch.stack([a[row].flatten(), -b[row].flatten()], 1).double()
+        best = torch.linalg.lstsq(matrix, x[row].flatten().double()).solution
+        assert torch.stack([d[row], dmin[row]]).flatten().tolist() == best.half().tolist()
+    flat = fit_pair(a, torch.zeros_like(b), x, given, given)
+    assert all(torch.equal(value, given) for value in flat)
+
+
 @pytest.mark.parametrize("shape", ["normal", "heavy"])
 @pytest.mark.parametrize("name", K_FORMATS)
 def test_no_worse_than_llama_cpp(name, shape):
-    llama_cpp = pytest.importorskip("llama_cpp")
-    libraries = Path(llama_cpp.__file__).parent / "lib"
-    ggml = ctypes.CDLL(str(next(libraries.glob("libggml-base.*"))))
-    ggml.ggml_quantize_chunk.argtypes = [
-        ctypes.c_int,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        *[ctypes.c_int64] * 3,
-        ctypes.c_void_p,
-    ]
-    ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
     format, x = FORMATS[name], weights(shape)
-    data = torch.zeros(x.numel() // 256 * format.block_bytes, dtype=torch.uint8)
-    ggml.ggml_quantize_chunk(
-        format.ggml_type, x.data_ptr(), data.data_ptr(), 0, len(x), x.shape[1], None
-    )
-    theirs = dequantise(data.view(len(x), -1), format)
+    data = ggml_quantise(x, format.ggml_type, format.block_size, format.block_bytes)
+    theirs = dequantise(data, format)
     assert relative_error(x, format) < float((theirs - x).norm() / x.norm())
 
 

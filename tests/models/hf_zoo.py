@@ -47,6 +47,14 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0, 1.5],
+    "long_factor": [2.0, 3.0],
+    "original_max_position_embeddings": 16,
+}
 LOCAL_GLOBAL = {
     "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -60,6 +68,11 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-llama3-rope": ("Llama", {**SIZE, "rope_parameters": LLAMA3}),
     "llama-linear-rope": ("Llama", {**SIZE, "rope_parameters": LINEAR}),
     "llama-yarn-rope": ("Llama", {**SIZE, "rope_parameters": YARN}),
+    "llama-dynamic-rope": (
+        "Llama",
+        {**SIZE, "max_position_embeddings": 16, "rope_parameters": DYNAMIC},
+    ),
+    "llama-longrope": ("Llama", {**SIZE, "rope_parameters": LONGROPE}),
     "mistral": ("Mistral", {**SIZE, "sliding_window": None}),
     "mistral-window": ("Mistral", {**SIZE, "sliding_window": 5}),
     "qwen2": ("Qwen2", SIZE),

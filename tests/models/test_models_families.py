@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
-from models.hf_zoo import ZOO, build, save
+from models.hf_zoo import ZOO, save
 from torch.testing import assert_close
 
-from treadle.models.families import FAMILIES, family_for_hf
+from treadle.models.families import FAMILIES
 from treadle.models.hub.fill import applicable
 from treadle.models.hub.load import load_model
 
@@ -34,6 +32,12 @@ def test_logits_and_gradients_match_transformers(name: str, tmp_path: Path) -> N
     for rule in applicable(model, family.huggingface.rules(model.config)):
         mapped = rule.map.write(tuple(ours.pop(n) for n in rule.ours))
         for their_name, gradient in zip(rule.theirs, mapped, strict=True):
-            assert_close(gradient, gradients.pop(their_name), rtol=1e-4, atol=1e-6, msg=their_name)
+            assert_close(
+                gradient,
+                gradients.pop(their_name),
+                rtol=1e-4,
+                atol=1e-6,
+                msg=lambda m, n=their_name: f"{n}: {m}",
+            )
     assert not ours
     assert not gradients

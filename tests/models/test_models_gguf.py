@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from oracles.ggml import ggml_quantise
 
 from treadle.core.errors import FileFormatError, TreadleError
 from treadle.kernels.blocks import FORMATS, dequantise, quantise
@@ -373,3 +374,74 @@ def test_types_are_checked(tmp_path):
             write_gguf(tmp_path / "a.gguf", {"k": value}, [], types={"k": kind})
     with pytest.raises(TreadleError, match="unknown type `unit8`; did you mean `uint8`"):
         write_gguf(tmp_path / "a.gguf", {"k": 1}, [], types={"k": "unit8"})
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory) -> GGUFFile:
+    from treadle.models.hub.pull import pull
+
+    try:
+        cache = tmp_path_factory.mktemp("cache")
+        return GGUFFile.open(pull("smollm2-135m-instruct", cache).path)
+    except TreadleError as error:
+        pytest.skip(str(error))
+
+
+def llama_cpp_logits(path: Path) -> np.ndarray:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    model = llama_cpp.Llama(str(path), n_ctx=64, n_threads=1, logits_all=True, verbose=False)
+    model.eval(model.tokenize(b"The capital of France is Paris, and the capital of Italy"))
+    return np.array(model.scores[: model.n_tokens])
+
+
+@pytest.mark.slow
+def test_llama_cpp_gives_the_same_logits_for_a_copy(smollm2, tmp_path):
+    copied = [(name, smollm2.raw(name), info.format) for name, info in smollm2.tensors.items()]
+    write_gguf(tmp_path / "copy.gguf", smollm2.metadata, copied, types=smollm2.types)
+    np.testing.assert_array_equal(
+        llama_cpp_logits(tmp_path / "copy.gguf"), llama_cpp_logits(smollm2.path)
+    )
+
+
+@pytest.mark.slow
+def test_llama_cpp_runs_every_format_as_well_as_its_own(smollm2, tmp_path):
+    """Weights that treadle encodes are no further from the exact logits than llama.cpp's own.
+
+    How far a format strays is the model's and llama.cpp's affair (it rounds activations too, and
+    this model's are uneven), so the yardstick is a file that differs in its encoder alone.
+    """
+
+    def logits(part: str, format: str, encode) -> np.ndarray:
+        def stream():
+            for name, info in smollm2.tensors.items():
+                if len(info.shape) < 2:
+                    yield name, smollm2.raw(name), info.format
+                elif part in name:
+                    yield name, encode(smollm2.read(name), FORMATS[format]), format
+                else:
+                    yield name, smollm2.read(name), "F32"
+
+        path = tmp_path / "model.gguf"
+        write_gguf(path, smollm2.metadata, stream(), types=smollm2.types)
+        found = llama_cpp_logits(path)
+        path.unlink()
+        return found
+
+    def theirs(x: torch.Tensor, format) -> torch.Tensor:
+        return ggml_quantise(x, format.ggml_type, format.block_size, format.block_bytes)
+
+    exact = logits("ffn_down", "F32", quantise)
+
+    def stray(found: np.ndarray) -> float:
+        lengths = np.linalg.norm(found, axis=-1) * np.linalg.norm(exact, axis=-1)
+        return float(1 - ((found * exact).sum(-1) / lengths).mean())
+
+    for format in ("Q4_K", "Q5_K", "Q6_K"):  # only ffn_down has rows of a multiple of 256
+        ours = stray(logits("ffn_down", format, quantise))
+        reference = stray(logits("ffn_down", format, theirs))
+        print(f"{format}: treadle {ours:.5f}, llama.cpp {reference:.5f}")
+        assert ours < 1.25 * reference
+    for format in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16"):
+        ours = stray(logits("ffn_up", format, quantise))
+        print(f"{format}: treadle {ours:.5f}")
+        assert ours < 0.1

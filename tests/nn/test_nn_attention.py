@@ -89,14 +89,16 @@ def test_attention_matches_float64_loop(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in CASES if not n.startswith("bidirectional")])
 def test_prompt_trees_equal_separate_documents(name: str) -> None:
     """A prompt computed once gives its completions what a copy for each would give."""
-    config, built = CASES[name], layer(CASES[name])
+    built = layer(CASES[name])
     layout = Layout.groups([(4, (3, 2, 3)), (6, (1, 5))])
     tokens = torch.randn(layout.tokens, DIM, dtype=torch.float64)
     tree, apart = (tokens.clone().requires_grad_() for _ in range(2))
     y = built(tree, Packed.of(layout))
     leaves = [s for s in range(len(layout.lengths)) if layout.parent(s) >= 0]
     routes = [[t for a in layout.lineage(s) for t in layout.span(a)] for s in leaves]
-    copies = built(apart[sum(routes, [])], Packed.of(Layout(tuple(map(len, routes)))))
+    copies = built(
+        apart[[t for route in routes for t in route]], Packed.of(Layout(tuple(map(len, routes))))
+    )
     for leaf, route, part in zip(
         leaves, routes, copies.split([len(r) for r in routes]), strict=True
     ):

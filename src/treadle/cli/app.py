@@ -7,13 +7,28 @@ from typing import Annotated
 import typer
 
 from treadle import __version__
-from treadle.cli import recipes, run, schema, show, techniques, version
+from treadle.cli import (
+    chat,
+    export,
+    generate,
+    pull,
+    recipes,
+    run,
+    schema,
+    show,
+    techniques,
+    version,
+)
 from treadle.cli.command import Command, guarded
 
 COMMANDS: tuple[Command, ...] = (
     run.COMMAND,
     recipes.COMMAND,
     show.COMMAND,
+    chat.COMMAND,
+    generate.COMMAND,
+    export.COMMAND,
+    pull.COMMAND,
     schema.COMMAND,
     techniques.COMMAND,
     version.COMMAND,

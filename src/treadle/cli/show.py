@@ -9,11 +9,11 @@ from treadle.cli.run import Overrides, Target
 
 
 def show(target: Target, overrides: Overrides = None) -> None:
-    """Print a recipe as YAML, ready to edit and run: every step and every value."""
-    from treadle.cli.targets import load
+    """Print a recipe, or a model family's preset, as YAML: every part and every value."""
+    from treadle.cli.targets import load_any
     from treadle.core.config import to_yaml
 
-    typer.echo(to_yaml(load(target, overrides or ())), nl=False)
+    typer.echo(to_yaml(load_any(target, overrides or ())), nl=False)
 
 
 COMMAND = Command(
@@ -23,5 +23,6 @@ COMMAND = Command(
         "treadle show quickstart",
         "treadle show quickstart > mine.yaml",
         "treadle show runs/quickstart",
+        "treadle show gpt2",
     ),
 )

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 from treadle.core.errors import ConfigError, TreadleError, did_you_mean
 
 if TYPE_CHECKING:
+    from treadle.core.config import Config
     from treadle.core.pipeline import Pipeline
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+MODELS = RECIPES.parent / "models"
 
 
 def recipe_files() -> dict[str, Path]:
@@ -63,6 +65,45 @@ def load(target: str, overrides: Sequence[str] = ()) -> Pipeline:
     if not isinstance(tree, Pipeline):
         raise ConfigError(f"{target} is a {type(tree).__name__}; what runs is a Pipeline or a step")
     return tree
+
+
+def presets() -> dict[str, str]:
+    """Name of a model family's preset, such as `gpt2` -> the module that has it."""
+    found = {}
+    for path in sorted(MODELS.glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and _returns_decoder(node):
+                found[node.name.replace("_", "-")] = f"treadle.models.{path.stem}"
+    return found
+
+
+def _returns_decoder(node: ast.FunctionDef) -> bool:
+    given = node.args
+    needed = (
+        len(given.posonlyargs + given.args) - len(given.defaults) + given.kw_defaults.count(None)
+    )
+    returned = node.returns
+    public = not node.name.startswith("_")
+    return public and not needed and isinstance(returned, ast.Name) and returned.id == "Decoder"
+
+
+def load_any(target: str, overrides: Sequence[str] = ()) -> Config:
+    """What `load` gives, or the decoder of a model family's preset.
+
+    Raises:
+        TreadleError: there is neither; names what is near.
+    """
+    from treadle.core.config import override
+
+    name, known, recipes = target.replace("_", "-"), presets(), recipe_files()
+    if name in recipes or Path(target).suffix or Path(target).is_dir():
+        return load(target, overrides)
+    if name not in known:
+        hint = did_you_mean(name, [*recipes, *known])
+        raise TreadleError(f"no recipe or preset `{target}`{hint}")
+    module = importlib.import_module(known[name])
+    preset: Config = getattr(module, name.replace("-", "_"))()
+    return override(preset, overrides)
 
 
 def _recipe(target: str) -> Any:

@@ -23,12 +23,17 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import RoundTripRepresenter
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from treadle.core import registry
 from treadle.core.errors import ConfigError, did_you_mean
 
 _LINE_BREAKS = re.compile("[\x85\u2028\u2029\ufeff]")
+
+WORTH_SHARING = 160
+"""Characters from which a repeated subtree is written once; smaller ones read better in place."""
 
 Path = tuple[str | int, ...]
 C = TypeVar("C", bound="Config")
@@ -82,6 +87,16 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+class _Representer(RoundTripRepresenter):
+    """Writes `null` where ruamel writes nothing."""
+
+    def represent_none(self, data: None) -> ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:null", "null")
+
+
+_Representer.add_representer(type(None), _Representer.represent_none)
+
+
 def to_yaml(config: Config) -> str:
     """YAML text; equal subtrees (the blocks of a decoder) are written once and referred to."""
     seen: dict[str, Any] = {}
@@ -89,13 +104,15 @@ def to_yaml(config: Config) -> str:
     def share(node: Any) -> Any:
         if isinstance(node, dict):
             node = {k: share(v) for k, v in node.items()}
-            return seen.setdefault(json.dumps(node, sort_keys=True), node) if node else node
+            text = json.dumps(node, sort_keys=True)
+            return seen.setdefault(text, node) if len(text) >= WORTH_SHARING else node
         if isinstance(node, str) and _LINE_BREAKS.search(node):
             return DoubleQuotedScalarString(node)  # ruamel escapes them in this style only
         return [share(v) for v in node] if isinstance(node, list) else node
 
     yaml, out = YAML(), StringIO()
     yaml.width = 100
+    yaml.Representer = _Representer
     yaml.dump(share(dump(config)), out)
     return out.getvalue()
 
@@ -227,7 +244,10 @@ def _line(document: Any, path: Path) -> int:
 
 
 def _override(data: Any, item: str, expect: type[Config]) -> Path:
-    """Apply ``a.b.0=value`` in place and return the path it changed."""
+    """Apply ``a.b.0=value`` in place and return the path it changed.
+
+    An entry of a list is found by its index, or by its `name` where it has one.
+    """
     dotted, equals, text = item.partition("=")
     if not equals:
         raise ConfigError(f"override `{item}`: write it as path=value, for instance fit.steps=20")
@@ -235,10 +255,10 @@ def _override(data: Any, item: str, expect: type[Config]) -> Path:
         value = YAML(typ="safe", pure=True).load(text)
     except YAMLError:
         raise ConfigError(f"override `{item}`: `{text}` is not valid YAML; quote it") from None
-    path: Path = tuple(int(p) if p.isdecimal() else p for p in dotted.split("."))
+    path = [int(p) if p.isdecimal() else p for p in dotted.split(".")]
     node, cls = data, expect
     for depth, key in enumerate(path):
-        here = f"override `{item}`: `{_dotted(path[:depth])}`"
+        here = f"override `{item}`: `{_dotted(tuple(path[:depth]))}`"
         last = depth == len(path) - 1
         if isinstance(node, MutableMapping):
             cls = _class_of(node, cls)
@@ -250,8 +270,12 @@ def _override(data: Any, item: str, expect: type[Config]) -> Path:
                 cls = _config_in(field.annotation) or cls
                 node.setdefault(key, _default(field))
         elif isinstance(node, list):
+            names = [_name_of(entry, cls) for entry in node]
+            if key in names:
+                path[depth] = key = names.index(str(key))
             if not isinstance(key, int) or key >= len(node):
-                raise ConfigError(f"{here} has {len(node)} entries, no `{key}`")
+                hint = did_you_mean(str(key), filter(None, names))
+                raise ConfigError(f"{here} has {len(node)} entries, no `{key}`{hint}")
         elif node is None:
             raise ConfigError(f"{here} is not set: give it whole, as {{kind: ..., {key}: ...}}")
         else:
@@ -259,7 +283,15 @@ def _override(data: Any, item: str, expect: type[Config]) -> Path:
         # Equal subtrees are shared by YAML aliases: change this place only.
         node[key] = value if last else copy(node[key])
         node = node[key]
-    return path
+    return tuple(path)
+
+
+def _name_of(entry: Any, declared: type[Config]) -> str:
+    """The `name` of an entry of a list, by which overrides find it; empty where it has none."""
+    if not isinstance(entry, Mapping):
+        return ""
+    field = _class_of(entry, declared).model_fields.get("name")
+    return str(entry.get("name", _default(field) or "")) if field else ""
 
 
 def _default(field: FieldInfo) -> Any:

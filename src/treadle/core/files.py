@@ -47,12 +47,11 @@ def atomic_file(path: StrPath, *, needed: int | None = None) -> Iterator[Path]:
     path = Path(path)
     if path.is_dir() and not path.is_symlink():
         raise TreadleError(f"{path}: a file is to be written here, but this is a folder")
-    with _holder(path, needed) as temporary:
+    with staging(path, needed=needed) as temporary:
         yield temporary
         if not temporary.is_file():
             raise FileNotFoundError(f"{path}: nothing was written to {temporary}")
-        _sync(temporary)
-        temporary.replace(path)
+        publish(temporary, path)
 
 
 @contextmanager
@@ -68,7 +67,7 @@ def atomic_directory(path: StrPath, *, needed: int | None = None) -> Iterator[Pa
     path = Path(path)
     if path.is_file():
         raise TreadleError(f"{path}: a folder is to be written here, but this is a file")
-    with _holder(path, needed) as temporary:
+    with staging(path, needed=needed) as temporary:
         temporary.mkdir()
         yield temporary
         for folder, _, files in os.walk(temporary):
@@ -76,6 +75,46 @@ def atomic_directory(path: StrPath, *, needed: int | None = None) -> Iterator[Pa
                 _sync(Path(folder, name))
             _sync(Path(folder))
         _move_folder(temporary, path)
+
+
+@contextmanager
+def staging(path: StrPath, *, needed: int | None = None) -> Iterator[Path]:
+    """Yield a place for a temporary `path`, alone in a hidden folder beside it.
+
+    The folder is removed at the end with all that was not moved out; `publish` moves a file.
+    For writers of several files, whose order of appearance matters.
+
+    Raises:
+        TreadleError: the disk is full.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path.parent)
+    if needed is not None:
+        require_space(path, needed)
+    unique = f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
+    holder = path.parent / f".{path.name[:100]}.{unique}.tmp"
+    try:
+        holder.mkdir()
+        yield holder / path.name
+        _sync(path.parent)
+    except Exception as error:
+        if not _is_out_of_space(error):
+            raise
+        written = sum(f.stat().st_size for f in holder.rglob("*") if f.is_file())
+        more = f" of {needed:,} needed" if needed is not None else ""
+        raise TreadleError(
+            f"{path}: the disk is full: {written:,} bytes{more} were written, "
+            f"{_free(path):,} are free; free some, or write to another disk"
+        ) from error
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
+
+
+def publish(temporary: Path, path: StrPath) -> None:
+    """Flush the file `temporary` to the disk and rename it to `path`."""
+    _sync(temporary)
+    temporary.replace(path)
 
 
 def write_text(path: StrPath, text: str) -> None:
@@ -103,32 +142,6 @@ def require_space(path: StrPath, needed: int) -> None:
             f"{path}: not enough disk space: {needed:,} bytes needed, {free:,} free; "
             "free some, or write to another disk"
         )
-
-
-@contextmanager
-def _holder(path: Path, needed: int | None) -> Iterator[Path]:
-    """A place for the temporary `path`, alone in a hidden folder beside it, removed at the end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path.parent)
-    if needed is not None:
-        require_space(path, needed)
-    unique = f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
-    holder = path.parent / f".{path.name[:100]}.{unique}.tmp"
-    try:
-        holder.mkdir()
-        yield holder / path.name
-        _sync(path.parent)
-    except Exception as error:
-        if not _is_out_of_space(error):
-            raise
-        written = sum(f.stat().st_size for f in holder.rglob("*") if f.is_file())
-        more = f" of {needed:,} needed" if needed is not None else ""
-        raise TreadleError(
-            f"{path}: the disk is full: {written:,} bytes{more} were written, "
-            f"{_free(path):,} are free; free some, or write to another disk"
-        ) from error
-    finally:
-        shutil.rmtree(holder, ignore_errors=True)
 
 
 def _is_out_of_space(error: Exception) -> bool:

@@ -78,3 +78,22 @@ def user(text: str) -> Message:
 
 def assistant(text: str) -> Message:
     return Message("assistant", text)
+
+
+def record_text(record: Record) -> str:
+    """All that is said in a record, for hashing and for finding duplicates."""
+    match record:
+        case Text(text):
+            return text
+        case Chat(messages):
+            return _said(messages)
+        case Preference(prompt, chosen, rejected):
+            return _said((*prompt, *chosen, *rejected))
+        case Labelled(prompt, completion):
+            return _said((*prompt, *completion))
+        case Problem(prompt, answer):
+            return f"{_said(prompt)}\n{answer}"
+
+
+def _said(messages: Messages) -> str:
+    return "\n".join(message.content for message in messages)

@@ -96,6 +96,7 @@ def truncate(
     vocab = logits.shape[-1]
     everything = logits.logsumexp(-1, keepdim=True)
     limited = top_k < vocab
+    unbounded = ~limited & (top_p >= 1) & (min_p <= 0)
     size = min(vocab, max(CANDIDATES, int(torch.where(limited, top_k, 0).max())))
     while True:
         values = logits.topk(size, -1).values
@@ -104,15 +105,15 @@ def truncate(
         norm = torch.where(limited[:, None], values.logsumexp(-1, keepdim=True), everything)
         p = (values - norm).exp()
         reached = p.cumsum(-1)
-        if size == vocab or bool(((reached[:, -1] >= top_p) | (top_p >= 1)).all()):
+        bounded = (reached[:, -1] >= top_p) | (p[:, -1] < min_p * p[:, 0])
+        if size == vocab or bool((bounded | limited | unbounded).all()):
             break
         size = vocab
     # Keep a token while the mass before it is below top_p; the first is always kept.
     kept = ((reached - p) < top_p[:, None]) & (p >= min_p[:, None] * p[:, :1]) & (p > 0)
     kept[:, 0] = True
     last = torch.where(kept, values, float("inf")).amin(-1, keepdim=True)
-    unbounded = ((top_k >= vocab) & (top_p >= 1) & (min_p <= 0))[:, None]
-    return torch.where((logits >= last) | unbounded, logits, float("-inf"))
+    return torch.where((logits >= last) | unbounded[:, None], logits, float("-inf"))
 
 
 def sample(

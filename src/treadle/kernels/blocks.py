@@ -30,7 +30,7 @@ CARD = Card(
     id="q.gguf",
     paper="Gerganov 2023, ggml and the GGUF format; Kawrakow 2023, k-quants",
     summary="Store weights in the block formats of llama.cpp, from 4.5 to 8.5 bits a weight.",
-    recipe="treadle export smollm2-135m-instruct --to smollm2.gguf --format Q4_K",
+    recipe="treadle generate smollm2-135m-instruct 'The capital of France is'",
     oracle="tests/kernels/test_kernels_blocks.py::test_reads_what_gguf_reads",
 )
 

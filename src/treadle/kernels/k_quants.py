@@ -38,7 +38,7 @@ def quantise_affine(x: Float[Tensor, "N 256"], bits: int) -> UInt8[Tensor, "N B"
 
     q = _levels(x + dmin * m, d * sc, 0, levels)
     for _ in range(_REFITS):
-        d, dmin = _fit_pair(sc * q, m.expand_as(q), x, d, dmin)
+        d, dmin = fit_pair(sc * q, m.expand_as(q), x, d, dmin)
         q = _levels(x + dmin * m, d * sc, 0, levels)
 
     q = q.to(torch.uint8)
@@ -147,7 +147,7 @@ def _better(new: tuple[Tensor, ...], old: tuple[Tensor, ...]) -> tuple[Tensor, .
     return tuple(torch.where(smaller, a, b) for a, b in zip(new, old, strict=True))
 
 
-def _fit_pair(
+def fit_pair(
     a: Float[Tensor, "N 8 32"],
     b: Float[Tensor, "N 8 32"],
     x: Float[Tensor, "N 8 32"],

@@ -121,7 +121,8 @@ class DecoderModel(nn.Module):
             x = x + self.position(context.positions)
         for block in self.blocks:
             x = block(x, context)
-        return self.norm(x).unflatten(0, shape)  # type: ignore[no-any-return]
+        hidden: Tensor = self.norm(x)
+        return hidden if tokens.ndim == 1 else hidden.unflatten(0, shape)
 
     def head_weight(self) -> Float[Tensor, "V D"]:
         """The head's dense weight, for losses that never hold all logits."""

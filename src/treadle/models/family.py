@@ -69,14 +69,6 @@ def explicit(decoder: Decoder) -> Decoder:
     return filled
 
 
-def expresses(write: Callable[[Decoder], Any], read: Callable[[Any], Decoder], d: Decoder) -> bool:
-    """Whether a format gives back the decoder that it was given."""
-    try:
-        return explicit(read(write(d))) == explicit(d)
-    except ConfigError:
-        return False
-
-
 def uniform_attention(decoder: Decoder, family: str) -> Attention:
     """The attention of the first block, for formats that state one for all blocks.
 

@@ -142,6 +142,7 @@ def to_gguf(decoder: Decoder) -> GgufHeader:
         "context_length": decoder.context,
         "embedding_length": decoder.dim,
         "feed_forward_length": mlp.hidden,
+        "vocab_size": decoder.vocab,
         "attention.head_count": attention.heads,
         "attention.layer_norm_epsilon": eps,
     }

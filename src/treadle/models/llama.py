@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from treadle.core.cards import Card
+from treadle.core.errors import ConfigError
 from treadle.models.decoder import Decoder, LinearHead, TiedHead
 from treadle.models.family import Family, Gguf, HuggingFace, uniform_attention
 from treadle.models.hub.gguf_header import GgufHeader
@@ -75,6 +76,10 @@ def smollm2_360m() -> Decoder:
     )
 
 
+WINDOWED_CONTEXT = "attention.sliding_window.context_length"
+"""treadle's own key."""
+
+
 def from_hf(config: Mapping[str, Any]) -> Decoder:
     """The decoder that a config.json of model type `llama` describes."""
     hf = HfConfig(config)
@@ -96,17 +101,26 @@ def to_hf(decoder: Decoder) -> dict[str, Any]:
 def from_gguf(header: GgufHeader) -> Decoder:
     """The decoder of a GGUF file of architecture `llama`: a Llama, or a Mistral."""
     attention = attention_from_gguf(header)
-    return decoder_from_gguf(
+    decoder = decoder_from_gguf(
         header, attention.replace(window=header.maybe_integer("attention.sliding_window"))
     )
+    return decoder.replace(context=header.integer(WINDOWED_CONTEXT, decoder.context))
 
 
 def to_gguf(decoder: Decoder) -> GgufHeader:
-    """Header of architecture `llama`."""
+    """Header of architecture `llama`.
+
+    llama.cpp gives this architecture no window. A windowed model is written with a context no
+    longer than its window, within which both compute the same; the true one is kept aside.
+    """
+    attention = uniform_attention(decoder, "llama")
+    if attention.qkv_bias and not attention.out_bias:
+        raise ConfigError("biases on queries, keys and values alone are Qwen 2's")
     metadata, divisors = metadata_to_gguf(decoder, "llama")
-    window = uniform_attention(decoder, "llama").window
-    if window is not None:
-        metadata["attention.sliding_window"] = window
+    if attention.window is not None:
+        metadata["attention.sliding_window"] = attention.window
+        metadata["context_length"] = min(decoder.context, attention.window)
+        metadata[WINDOWED_CONTEXT] = decoder.context
     return GgufHeader("llama", metadata, rope_divisors=divisors)
 
 

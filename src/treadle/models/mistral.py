@@ -58,4 +58,4 @@ FAMILY = Family(
     ),
     gguf=llama.FAMILY.gguf,
 )
-"""llama.cpp reads Mistral as `llama`, and lets it see beyond its window."""
+"""To llama.cpp a Mistral is a Llama."""

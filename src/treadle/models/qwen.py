@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from treadle.core.cards import Card
+from treadle.core.errors import ConfigError
 from treadle.models.decoder import Decoder
 from treadle.models.family import Family, Gguf, HuggingFace, uniform_attention
 from treadle.models.hub.gguf_header import GgufHeader
@@ -116,13 +117,18 @@ def qwen3_from_gguf(header: GgufHeader) -> Decoder:
 
 
 def qwen2_to_gguf(decoder: Decoder) -> GgufHeader:
-    """Header of architecture `qwen2`."""
+    """Header of architecture `qwen2`, which always has the biases of Qwen 2."""
+    attention = uniform_attention(decoder, "qwen2")
+    if attention.out_bias or not attention.qkv_bias:
+        raise ConfigError("qwen2 has biases on queries, keys and values, and no others")
     metadata, divisors = metadata_to_gguf(decoder, "qwen2")
     return GgufHeader("qwen2", metadata, rope_divisors=divisors)
 
 
 def qwen3_to_gguf(decoder: Decoder) -> GgufHeader:
-    """Header of architecture `qwen3`."""
+    """Header of architecture `qwen3`, for which llama.cpp has no biases."""
+    if uniform_attention(decoder, "qwen3").qkv_bias:
+        raise ConfigError("llama.cpp has no biases in qwen3")
     metadata, divisors = metadata_to_gguf(decoder, "qwen3")
     return GgufHeader("qwen3", metadata, rope_divisors=divisors)
 

@@ -24,6 +24,8 @@ class Opened:
     """A folder with tokenizer.json, or a GGUF file whose metadata hold the vocabulary."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """config.json, or the GGUF file's key-value pairs."""
+    bytes_on_disk: int | None = None
+    """Of all files that make up the model."""
 
 
 class ModelSource(Config):
@@ -44,9 +46,9 @@ class Pretrained(ModelSource):
         from treadle.models.hub.load import load_model
         from treadle.models.hub.pull import pull
 
-        pulled = pull(self.name, progress=workspace.progress)
+        pulled = pull(self.name, progress=workspace.progress.say)
         loaded = load_model(pulled.path, dtype=torch.float32)
-        return Opened(loaded.model, pulled.path, loaded.metadata)
+        return Opened(loaded.model, pulled.path, loaded.metadata, weight_bytes(pulled.path))
 
 
 class Fresh(ModelSource, Reads):
@@ -61,3 +63,10 @@ class Fresh(ModelSource, Reads):
         model = self.decoder.build()
         torch.set_rng_state(state)
         return Opened(model, workspace.output(self.step) / "tokenizer")
+
+
+def weight_bytes(path: Path) -> int:
+    """Size of a weight file, or of all weight files of a folder."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(f.stat().st_size for f in path.iterdir() if f.suffix in (".safetensors", ".gguf"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -37,3 +38,9 @@ def bias_of(linear: nn.Module) -> Float[Tensor, " out"] | None:
         return linear.effective_bias()
     assert isinstance(linear, nn.Linear), f"{type(linear).__name__} is not a linear layer"
     return linear.bias
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a layer works on `x`: autocast's where it is on, else that of `x`."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -63,6 +63,7 @@ def encode_prompt(
     variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Tokens of a conversation that the model is to continue."""
+    _check_shown(tokenizer, messages, tools)
     text = tokenizer.render(messages, tools=tools, add_generation_prompt=True, variables=variables)
     return tokenizer.encode(text)
 
@@ -81,6 +82,7 @@ def encode_chat(
         TreadleError: the template refuses the messages, or does not show where turns begin.
     """
     turns = turns or EveryTurn()
+    _check_shown(tokenizer, messages, tools)
     if tokenizer.chat.marks_generation:
         rendered = tokenizer.chat.render_marked(messages, tools=tools, variables=variables)
         text = rendered.text
@@ -105,6 +107,20 @@ def default_template(tokenizer: Tokenizer) -> str:
         "the vocabulary has no turn tokens (<|im_start|>, <|im_end|>): train the tokenizer with "
         "them in `special_tokens`, or give a chat template of your own"
     )
+
+
+def _check_shown(
+    tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
+) -> None:
+    """A template that knows nothing of tools would leave them out without a word."""
+    source = tokenizer.chat.source
+    called = any(m.get("tool_calls") for m in messages)
+    for name, used in (("tools", bool(tools)), ("tool_calls", called)):
+        if used and name not in source:
+            raise TreadleError(
+                f"the conversation has `{name}`, which the chat template does not show; use one "
+                "that does, such as template.CHATML (tokenizer.with_template(CHATML))"
+            )
 
 
 def _knows(tokenizer: Tokenizer, *tokens: str) -> bool:
@@ -160,7 +176,7 @@ def _end_of_turn(tokenizer: Tokenizer, text: str, start: int, end: int) -> int:
 def _inside(ends: Sequence[int], spans: Sequence[Span]) -> list[bool]:
     """Which tokens share a character with a span."""
     last = np.asarray(ends, dtype=np.int64)
-    first = np.concatenate([[0], last[:-1]])
+    first = np.concatenate([[0], last])[:-1]
     last = np.maximum(last, first + 1)  # a token that ends inside a character still has some
     mask = np.zeros(len(ends), dtype=bool)
     for start, end in spans:

@@ -18,7 +18,7 @@ from tokenizers.models import BPE
 
 from treadle.core.errors import FileFormatError, TreadleError, did_you_mean
 from treadle.tokenizers.cuts import ALIASES, PRES, PROBE, splitter
-from treadle.tokenizers.pieces import byte_alphabet, is_byte_level
+from treadle.tokenizers.pieces import is_byte_level
 from treadle.tokenizers.tokenizer import TURN_ENDS, SpecialTokens, Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -243,7 +243,9 @@ def _pre_of(backend: tokenizers.Tokenizer, state: Mapping[str, Any]) -> str:
         if cut != splitter(pre.patterns).pre_tokenize_str(PROBE):
             continue
         if bool(state["ignore_merges"]) != pre.ignore_merges:
-            _check_reachable(state)
+            _check_reachable(
+                state, {t.content for t in backend.get_added_tokens_decoder().values()}
+            )
         return name
     raise TreadleError(
         "llama.cpp has no rule that cuts text as this tokenizer does; it can be written to GGUF "
@@ -251,14 +253,13 @@ def _pre_of(backend: tokenizers.Tokenizer, state: Mapping[str, Any]) -> str:
     )
 
 
-def _check_reachable(state: Mapping[str, Any]) -> None:
+def _check_reachable(state: Mapping[str, Any], added: set[str]) -> None:
     """Taking whole tokens or merging must come to the same thing for every token."""
     merging = BPE(
         vocab=state["vocab"], merges=[(a, b) for a, b in state["merges"]], ignore_merges=False
     )
-    known = set(byte_alphabet())
-    for token in state["vocab"]:
-        if known.issuperset(token) and len(merging.tokenize(token)) > 1:
+    for token in state["vocab"].keys() - added:
+        if len(merging.tokenize(token)) > 1:
             raise TreadleError(
                 f"token `{token}` cannot be reached by merges, and llama.cpp treats such tokens "
                 "otherwise for this way of cutting text; it cannot be written to GGUF"

@@ -123,6 +123,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 _check_size(context, len(left) * right)
             case ("*", int(), str() | list()):
                 _check_size(context, left * len(right))
+            case ("*", int(), int()):
+                _check_size(context, left.bit_length() + right.bit_length())
             case ("**", _, int()):
                 _check_size(context, right)
             case ("%", str(), _):

@@ -34,11 +34,20 @@ Message = Mapping[str, Any]
 """A chat message as JSON: `role`, `content`, and what the template knows besides."""
 
 CHATML = """\
+{% if tools %}
+{{ '<|im_start|>tools\\n' + tools | tojson + '<|im_end|>\\n' }}
+{%- endif %}
 {% for message in messages %}
-{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}
+{{ '<|im_start|>' + message['role'] + '\\n' + (message['content'] or '') }}
+{%- if message['tool_calls'] %}
+{%- for call in message['tool_calls'] %}
+{{ '<tool_call>' + call['function'] | tojson + '</tool_call>' }}
+{%- endfor %}
+{%- endif %}
+{{ '<|im_end|>\\n' }}
 {%- endfor %}
 {% if add_generation_prompt %}
-{{ '<|im_start|>assistant\n' }}
+{{ '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
 LLAMA3 = """\

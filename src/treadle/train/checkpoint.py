@@ -89,6 +89,7 @@ class CheckpointStore:
             "parts": {name: part.state() for name, part in state.parts.items()},
         }
         ranks = talk.gather_bytes(pack(own))
+        frozen = frozen_fingerprints(state)
         path = self.folder / f"step-{step:06d}"
         with talk.first_rank_works() as working:
             if working:
@@ -100,7 +101,7 @@ class CheckpointStore:
                     for rank, data in enumerate(ranks):
                         (folder / f"rank-{rank}.safetensors").write_bytes(data)
                     (folder / "run.yaml").write_text(state.config, encoding="utf-8")
-                    _write_manifest(folder, step, model, state)
+                    _write_manifest(folder, step, model, frozen)
                 self._prune(step)
         return path
 
@@ -125,7 +126,10 @@ class CheckpointStore:
         if path is None:
             return None
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        check_model(path, manifest, state)
+        frozen = frozen_fingerprints(state)
+        with talk.first_rank_works() as working:
+            if working:
+                check_model(path, manifest, model_tensors(state), frozen)
         weights = load_file(path / "model.safetensors")
         for name, tensor in model_tensors(state).items():
             put(tensor, weights[name])
@@ -198,9 +202,14 @@ def damage(path: Path) -> str:
     return ""
 
 
-def check_model(path: Path, manifest: Mapping[str, Any], state: TrainState) -> None:
+def check_model(
+    path: Path,
+    manifest: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    frozen: Mapping[str, list[Any]],
+) -> None:
     """Raise TreadleError naming the first tensors in which checkpoint and model differ."""
-    here = {name: list(t.shape) for name, t in model_tensors(state).items()}
+    here = {name: list(tensor.shape) for name, tensor in tensors.items()}
     there: dict[str, list[int]] = manifest["model"]
     lines = [f"`{n}` is in the checkpoint only" for n in there if n not in here]
     lines += [f"`{n}` is in the model only" for n in here if n not in there]
@@ -209,12 +218,11 @@ def check_model(path: Path, manifest: Mapping[str, Any], state: TrainState) -> N
         for n in here
         if n in there and here[n] != there[n]
     ]
-    now = frozen_fingerprints(state)
     for name, (shape, dtype, digest) in manifest["frozen"].items():
-        mine = now.get(name)
+        mine = frozen.get(name)
         if mine is None or mine[0] != shape:
             lines.append(f"frozen `{name}` was {shape}, is {mine[0] if mine else 'absent'}")
-        elif mine[1] == dtype and mine[2] and digest and mine[2] != digest:
+        elif mine[1] == dtype and mine[2] != digest:
             lines.append(f"frozen `{name}` holds other values: another base model")
     if lines:
         more = f"\n  and {len(lines) - 5} more" if len(lines) > 5 else ""
@@ -226,7 +234,7 @@ def check_model(path: Path, manifest: Mapping[str, Any], state: TrainState) -> N
 
 
 def _write_manifest(
-    folder: Path, step: int, model: Mapping[str, Tensor], state: TrainState
+    folder: Path, step: int, model: Mapping[str, Tensor], frozen: Mapping[str, Any]
 ) -> None:
     files = {
         file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)}
@@ -239,7 +247,7 @@ def _write_manifest(
         "torch": torch.__version__,
         "files": files,
         "model": {name: list(tensor.shape) for name, tensor in model.items()},
-        "frozen": frozen_fingerprints(state),
+        "frozen": frozen,
     }
     write_json(folder / "manifest.json", manifest)
 

@@ -34,7 +34,7 @@ CARD = Card(
     id="opt.stability",
     paper="Chowdhery et al. 2022, PaLM, arXiv:2204.02311; Leys et al. 2013 (median deviation)",
     summary="Skips steps with NaN or a spike and records them; goes back when skipping fails.",
-    recipe="treadle run quickstart-scratch fit.guard.patience=3",
+    recipe="treadle run quickstart-scratch steps.1.fit.guard.patience=3",
     oracle="tests/train/test_train_guard.py::test_planted_nan_and_spike",
 )
 
@@ -114,7 +114,7 @@ class Guard(Guarding):
 
     z: float = Field(default=8.0, gt=0.0)
     """Robust deviations above the median that make a spike; infinity leaves the NaN guard."""
-    window: int = Field(default=128, ge=8)
+    window: int = Field(default=64, ge=8)
     warmup: int = Field(default=32, ge=4)
     """Good steps before spikes are looked for."""
     loss_floor: float = Field(default=0.05, gt=0.0)

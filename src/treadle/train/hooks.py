@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -154,7 +155,9 @@ class TensorBoard(Hook):
         self.on_end()
         # Points at or after purge_step that an earlier process wrote are hidden.
         purge = step + 1 if step else None
-        self.writer = SummaryWriter(str(self.folder), purge_step=purge)
+        # Its file names count seconds, and a second writer would empty the first one's file.
+        unique = f".{time.time_ns():020d}"
+        self.writer = SummaryWriter(str(self.folder), purge_step=purge, filename_suffix=unique)
 
     def on_step(self, report: StepReport) -> None:
         speed = report.tokens / report.seconds if report.seconds > 0 else 0.0

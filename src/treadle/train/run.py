@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,7 +23,7 @@ from treadle.core.files import atomic_file
 from treadle.core.pipeline import Reads, Step, Workspace, read_manifest
 from treadle.data.source import Env, Source
 from treadle.models.decoder import DecoderModel
-from treadle.models.source import ModelSource, Opened
+from treadle.models.source import ModelSource, Opened, weight_bytes
 from treadle.models.transform import Transform
 from treadle.objectives.objective import Objective
 from treadle.optim.optimizer import Optimizer, Schedule
@@ -39,6 +39,7 @@ WEIGHTS = "trained.safetensors"
 class Run(Step):
     """Train one model with one objective."""
 
+    parallel: ClassVar[bool] = True
     name: str = "train"
     model: ModelSource
     transforms: tuple[Transform, ...] = ()
@@ -125,7 +126,8 @@ def open_trained(folder: Path, workspace: Workspace) -> Opened:
     opened = run.model.open(workspace)
     model = transformed(opened.model, run.transforms)
     load_trained(model, folder / WEIGHTS)
-    return Opened(model, opened.origin, opened.metadata)
+    size = (opened.bytes_on_disk or 0) + weight_bytes(folder / WEIGHTS)
+    return Opened(model, opened.origin, opened.metadata, size)
 
 
 def transformed(model: DecoderModel, transforms: tuple[Transform, ...]) -> DecoderModel:

@@ -42,12 +42,21 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def like(full: Tensor, target: Tensor) -> Tensor:
-    """`full`, on the device of `target` and sharded as it is; nothing is communicated."""
-    if isinstance(target, DTensor):
-        local = full.to(target.to_local().device)
-        mesh, placements = target.device_mesh, target.placements
-        return distribute_tensor(local, mesh, placements, src_data_rank=None)
-    return full.to(target.device)
+    """A copy of `full`, on the device of `target` and sharded as it is; nobody communicates."""
+    if not isinstance(target, DTensor):
+        return full.to(target.device, copy=True)
+    mesh, placements = target.device_mesh, target.placements
+    whole_here = full.to(target.to_local().device)
+    shards = distribute_tensor(whole_here, mesh, placements, src_data_rank=None)
+    # A shard may be a view: it would keep the whole alive.
+    return DTensor.from_local(
+        shards.to_local().clone(),
+        mesh,
+        placements,
+        run_check=False,
+        shape=target.shape,
+        stride=target.stride(),
+    )
 
 
 def model_tensors(state: TrainState) -> dict[str, Tensor]:
@@ -120,17 +129,15 @@ def put(target: Tensor, full: Tensor) -> None:
 def frozen_fingerprints(state: TrainState) -> dict[str, list[Any]]:
     """Shape, dtype and a hash of a sample of each parameter that a checkpoint does not hold.
 
-    Adapters saved on one base model must not go on with another of the same shapes.
+    Adapters saved on one base model must not go on with another of the same shapes. Right on
+    rank 0 only; every rank must call.
     """
     kept = model_tensors(state)
     prints = {}
     for name, parameter in state.model.named_parameters():
-        if name in kept:
-            continue
-        digest = ""
-        if not isinstance(parameter, DTensor):
-            flat = parameter.detach().flatten()
+        if name not in kept:
+            flat = whole(parameter).flatten()
             sample = owned(flat[:: max(1, flat.numel() // 1024)]).view(torch.uint8)
             digest = hashlib.sha256(sample.numpy().tobytes()).hexdigest()[:16]
-        prints[name] = [list(parameter.shape), str(parameter.dtype), digest]
+            prints[name] = [list(parameter.shape), str(parameter.dtype), digest]
     return prints

@@ -46,10 +46,8 @@ def expected_shapes(model: nn.Module, rules: Sequence[Rule]) -> dict[str, Shape]
     return shapes
 
 
-def check(
-    expected: Mapping[str, Shape], found: Mapping[str, Shape], *, source: str, family: str
-) -> None:
-    """Compare what a checkpoint should hold with what it holds.
+def check(expected: Mapping[str, Shape], found: Mapping[str, Shape], *, where: str) -> None:
+    """Compare what a checkpoint should hold with what it holds; `where` begins the message.
 
     Raises:
         FileFormatError: tensors are missing, left over, or of another shape; names them.
@@ -58,12 +56,12 @@ def check(
     if missing := [n for n in expected if n not in found]:
         faults.append(f"lacks {_some(missing)}")
     if extra := [n for n in found if n not in expected]:
-        faults.append(f"holds {_some(extra)}, which {family} with this config does not have")
+        faults.append(f"holds {_some(extra)}, for which the model has no place")
     for name in expected:
         if name in found and expected[name] != found[name]:
-            faults.append(f"{name} has shape {found[name]}, the config says {expected[name]}")
+            faults.append(f"has {name} of shape {found[name]}, not {expected[name]}")
     if faults:
-        raise FileFormatError(f"{source}: not a checkpoint of this {family}: " + "; ".join(faults))
+        raise FileFormatError(f"{where}: it " + "; ".join(faults))
 
 
 def ignore(names: Sequence[str], patterns: Sequence[str]) -> tuple[str, ...]:
@@ -72,20 +70,29 @@ def ignore(names: Sequence[str], patterns: Sequence[str]) -> tuple[str, ...]:
 
 
 def fill(
-    model: nn.Module, rules: Sequence[Rule], get: Callable[[str], Tensor], dtype: torch.dtype | None
+    model: nn.Module,
+    rules: Sequence[Rule],
+    read: Callable[[str], Tensor],
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
 ) -> None:
-    """Give a model on the meta device its weights; tied parameters stay one."""
+    """Give a model on the meta device its weights; tied parameters stay one.
+
+    Args:
+        dtype: of the parameters; None keeps that of the checkpoint.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     places: dict[str, list[tuple[nn.Module, str]]] = {}
-    names = {id(p): n for n, p in model.named_parameters()}
     for module in model.modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             places.setdefault(names[id(parameter)], []).append((module, leaf))
     for rule in rules:
-        ours = rule.map.read(tuple(get(name) for name in rule.theirs))
+        ours = rule.map.read(tuple(read(name) for name in rule.theirs))
         for name, tensor in zip(rule.ours, ours, strict=True):
-            # A view of a fused tensor would keep the whole of it alive.
-            own = tensor.to(dtype or tensor.dtype, copy=len(ours) > 1)
-            parameter = nn.Parameter(own.contiguous())
+            # A part of a fused tensor is copied, lest it keep the whole in memory.
+            own = tensor.to(device, dtype or tensor.dtype, copy=len(ours) > 1).contiguous()
+            parameter = nn.Parameter(own)
             for module, leaf in places[name]:
                 setattr(module, leaf, parameter)
 

@@ -15,6 +15,9 @@ from treadle.core.errors import ConfigError, FileFormatError
 from treadle.nn.rope import NoScaling, RoPE, Scaling
 from treadle.nn.rope_scaling import DividedFrequencies, LinearScaling, Llama3Scaling, YaRN
 
+ROPE_DIVISORS = "rope_freqs.weight"
+"""The tensor as which llama.cpp stores Llama 3's scaled RoPE."""
+
 
 @dataclass(frozen=True)
 class GgufHeader:
@@ -26,7 +29,7 @@ class GgufHeader:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Of every tensor, rows first."""
     rope_divisors: Float[Tensor, " half"] | None = None
-    """The tensor `rope_freqs.weight`, as which llama.cpp stores Llama 3's scaled RoPE."""
+    """The tensor `rope_freqs.weight`, where the file has it."""
 
     def integer(self, key: str, default: int | None = None) -> int:
         return int(self._value(key, default))
@@ -49,8 +52,15 @@ class GgufHeader:
 
     def _value(self, key: str, default: Any) -> Any:
         value = self.metadata.get(key, default)
+        name = f"{self.architecture}.{key}"
         if value is None:
-            raise FileFormatError(f"this GGUF file lacks the key `{self.architecture}.{key}`")
+            raise FileFormatError(f"this GGUF file lacks the key `{name}`")
+        if isinstance(value, tuple):  # one for each layer
+            if len(set(value)) != 1:
+                raise ConfigError(f"GGUF: `{name}` differs between layers: {value}")
+            value = value[0]
+        if not isinstance(value, int | float):
+            raise FileFormatError(f"this GGUF file has {value!r} for `{name}`, not a number")
         return value
 
 
@@ -63,7 +73,7 @@ def rope_from_gguf(header: GgufHeader, head_dim: int) -> RoPE:
 
 def _scaling(header: GgufHeader, theta: float) -> Scaling:
     if header.rope_divisors is not None:
-        return _divided(header.rope_divisors, theta)
+        return _divided(header, header.rope_divisors, theta)
     kind = str(header.metadata.get("rope.scaling.type", "none"))
     match kind:
         case "none":
@@ -80,8 +90,15 @@ def _scaling(header: GgufHeader, theta: float) -> Scaling:
     raise ConfigError(f"this GGUF file scales RoPE by {kind!r}; treadle knows linear and yarn")
 
 
-def _divided(divisors: Float[Tensor, " half"], theta: float) -> Scaling:
-    """Llama 3's scaling if its published constants give these divisors, else the divisors."""
+def _divided(header: GgufHeader, divisors: Float[Tensor, " half"], theta: float) -> Scaling:
+    """Llama 3's scaling if the file names its numbers or the published ones fit, else divisors."""
+    if "rope.scaling.llama3.factor" in header.metadata:
+        return Llama3Scaling(
+            factor=header.number("rope.scaling.llama3.factor"),
+            low=header.number("rope.scaling.llama3.low"),
+            high=header.number("rope.scaling.llama3.high"),
+            original_context=header.integer("rope.scaling.llama3.original_context"),
+        )
     base = _frequencies(theta, 2 * len(divisors))
     guess = Llama3Scaling(factor=float(str(np.float32(divisors.max().item()))))
     if divisors.allclose(base / guess(base, theta, 1).inverse, rtol=1e-4):
@@ -111,9 +128,18 @@ def rope_to_gguf(rope: RoPE, head_dim: int) -> tuple[dict[str, Any], Float[Tenso
                 "rope.scaling.yarn_beta_fast": yarn.beta_fast,
                 "rope.scaling.yarn_beta_slow": yarn.beta_slow,
             }, None
-        case Llama3Scaling() | DividedFrequencies() as scaling:
+        case Llama3Scaling() as scaling:
+            # llama.cpp takes the divisors alone; the numbers are for reading back.
+            numbers = {
+                "rope.scaling.llama3.factor": scaling.factor,
+                "rope.scaling.llama3.low": scaling.low,
+                "rope.scaling.llama3.high": scaling.high,
+                "rope.scaling.llama3.original_context": scaling.original_context,
+            }
             base = _frequencies(rope.theta, rotated)
-            return keys, base / scaling(base, rope.theta, 1).inverse
+            return {**keys, **numbers}, base / scaling(base, rope.theta, 1).inverse
+        case DividedFrequencies(divisors=divisors):
+            return keys, torch.tensor(divisors)
     raise ConfigError(f"GGUF cannot express {rope.scaling!r}; save a Hugging Face folder")
 
 

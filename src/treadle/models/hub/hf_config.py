@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from treadle.core.errors import ConfigError, FileFormatError
+from treadle.kernels.gated import Activation
 from treadle.models.decoder import Head, LinearHead, TiedHead
-from treadle.nn.ffn.ffn import Activation
 
 ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
@@ -30,7 +30,7 @@ class HfConfig:
 
     def integer(self, key: str, default: int | None = None) -> int:
         value = self._value(key, default)
-        if isinstance(value, bool) or int(value) != value:
+        if isinstance(value, bool) or not isinstance(value, int | float) or value % 1:
             raise self._wrong(key, "an integer")
         return int(value)
 

@@ -1,29 +1,37 @@
-"""Loading a model from a Hugging Face folder or a GGUF file."""
+"""Loading a model from a Hugging Face folder or a GGUF file.
+
+The config gives the decoder, the decoder the table of tensors that must be there. Only when names
+and shapes fit is a weight read, one at a time, into a model built without memory.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from treadle.core.cards import Card
 from treadle.core.errors import FileFormatError, TreadleError
-from treadle.models.decoder import DecoderModel
-from treadle.models.families import family_of_gguf, family_of_hf
-from treadle.models.hub.fill import applicable, check, expected_shapes, fill, ignore
-from treadle.models.hub.gguf_header import GgufHeader
+from treadle.core.files import StrPath
+from treadle.models.decoder import Decoder, DecoderModel, TiedHead
+from treadle.models.families import FAMILIES, family_of_gguf, family_of_hf
+from treadle.models.family import Family
+from treadle.models.hub.fill import Shape, applicable, check, expected_shapes, fill, ignore
+from treadle.models.hub.gguf import GGUFFile
+from treadle.models.hub.gguf_header import ROPE_DIVISORS, GgufHeader
+from treadle.models.hub.safetensors import SafetensorsFolder, open_safetensors
+from treadle.models.weights import Rule
 
 CARD = Card(
     id="model.hub",
     paper="safetensors and GGUF file formats",
     summary="Loads and saves Hugging Face folders and GGUF files, both ways.",
-    recipe="treadle export runs/quickstart --format gguf",
+    recipe="treadle export smollm2-135m-instruct --to smollm2.gguf --format Q4_K",
     oracle="tests/models/test_models_hub.py::test_transformers_reads_what_treadle_wrote",
 )
 
@@ -34,17 +42,23 @@ class Loaded:
 
     model: DecoderModel
     family: str
+    """`llama`, `qwen3`; for GGUF the architecture that the file names."""
     source: Path
     """The folder or file."""
     metadata: Mapping[str, Any]
     """config.json, or the key-value pairs of the GGUF file with its tokenizer."""
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> Loaded:
+def load_model(
+    path: StrPath,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Loaded:
     """Load a Hugging Face folder (config.json, *.safetensors) or a .gguf file.
 
     Args:
-        dtype: of the weights; None keeps the file's (float32 for quantised GGUF).
+        dtype: of the weights; None keeps that of a folder's files, and is float32 for GGUF.
 
     Raises:
         TreadleError: nothing to load at `path`, or only a pickle.
@@ -53,83 +67,106 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> Loaded:
     """
     path = Path(path)
     if path.is_dir():
-        return _load_hf(path, dtype)
-    if path.suffix == ".gguf" and path.is_file():
-        return _load_gguf(path, dtype)
-    raise TreadleError(f"{path}: not a folder with config.json, and not a .gguf file")
+        return _load_folder(path, dtype, device)
+    if path.is_file():
+        return _load_gguf(path, dtype, device)
+    raise TreadleError(f"{path}: no such file or folder")
 
 
-def _load_hf(folder: Path, dtype: torch.dtype | None) -> Loaded:
-    config = read_hf_config(folder)
+def _load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device | str) -> Loaded:
+    config = read_config(folder)
     family = family_of_hf(config)
-    decoder = family.huggingface.read(config)
+    spelling = family.huggingface
+    decoder = spelling.read(config)
+    tensors = open_safetensors(folder)
+    rules = spelling.rules(decoder)
+    stored = ignore(tuple(tensors), spelling.ignored)
+    known = {n for r in rules for n in r.theirs}
+    # A model saved without its head leaves off the front of all names.
+    bare = known.isdisjoint(stored) and any(spelling.prefix + n in known for n in stored)
+    names = {(spelling.prefix if bare else "") + n: n for n in stored}
+    if isinstance(decoder.head, TiedHead):
+        names = _without_tied_copy(names, tensors, rules)
+    model = _filled(
+        decoder,
+        rules,
+        {n: tensors.shape(name) for n, name in names.items()},
+        lambda name: tensors[names[name]],
+        dtype,
+        device,
+        where=f"{folder}: not a checkpoint of {family.name} as its config.json says"
+        + _likeness(stored, family, decoder),
+    )
+    return Loaded(model, family.name, folder, config)
+
+
+def _likeness(names: Iterable[str], family: Family, decoder: Decoder) -> str:
+    """The family that has tensors of these names, if it is another one."""
+    for other in FAMILIES:
+        known = {n for r in other.huggingface.rules(decoder) for n in r.theirs}
+        if known.issuperset(names):
+            return "" if other.name == family.name else f", rather of {other.name}"
+    return ""
+
+
+def _without_tied_copy(
+    names: Mapping[str, str], tensors: SafetensorsFolder, rules: Sequence[Rule]
+) -> dict[str, str]:
+    """Some tools save the one weight of embedding and head twice; two different ones are wrong."""
+    embedding = next(r.theirs[0] for r in rules if r.ours == ("embedding.weight",))
+    head = next((r.theirs[0] for r in rules if r.ours == ("head.weight",)), "")
+    if head not in names or embedding not in names:
+        return dict(names)
+    if not torch.equal(tensors[names[head]], tensors[names[embedding]]):
+        raise FileFormatError(
+            f"{tensors.path}: `{head}` differs from `{embedding}`, but config.json ties them; "
+            "set tie_word_embeddings to false"
+        )
+    return {n: name for n, name in names.items() if n != head}
+
+
+def _load_gguf(file: Path, dtype: torch.dtype | None, device: torch.device | str) -> Loaded:
+    gguf = GGUFFile.open(file)
+    header = read_header(gguf)
+    spelling = family_of_gguf(header.architecture)
+    decoder = spelling.read(header)
+    model = _filled(
+        decoder,
+        spelling.rules(decoder),
+        {n: s for n, s in header.shapes.items() if n != ROPE_DIVISORS},
+        gguf.read,
+        dtype,
+        device,
+        where=f"{file}: not a model of {header.architecture} as its metadata say",
+    )
+    return Loaded(model, header.architecture, file, gguf.metadata)
+
+
+def _filled(
+    decoder: Decoder,
+    rules: Sequence[Rule],
+    found: Mapping[str, Shape],
+    read: Callable[[str], Tensor],
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    *,
+    where: str,
+) -> DecoderModel:
     with torch.device("meta"):
         model = decoder.build()
-    files = _weight_files(folder)
-    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
-    for file in files:
-        with safe_open(file, "pt") as handle:
-            for name in handle.keys():  # noqa: SIM118
-                found[name] = (file, tuple(handle.get_slice(name).get_shape()))
-    rules = applicable(model, family.huggingface.rules(decoder))
-    kept = ignore(tuple(found), family.huggingface.ignored)
-    check(
-        expected_shapes(model, rules),
-        {n: found[n][1] for n in kept},
-        source=str(folder),
-        family=family.name,
-    )
-
-    def get(name: str) -> Tensor:
-        with safe_open(found[name][0], "pt") as handle:
-            tensor: Tensor = handle.get_tensor(name)
-            return tensor
-
-    fill(model, rules, get, dtype)
-    return Loaded(model.eval(), family.name, folder, config)
+    rules = applicable(model, rules)
+    check(expected_shapes(model, rules), found, where=where)
+    fill(model, rules, read, dtype=dtype, device=device)
+    return model.eval()
 
 
-def _load_gguf(file: Path, dtype: torch.dtype | None) -> Loaded:
-    from gguf import GGUFReader
-    from gguf.quants import dequantize
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a Hugging Face folder.
 
-    reader = GGUFReader(file)
-    metadata = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}
-    tensors = {t.name: t for t in reader.tensors}
-
-    def get(name: str) -> Tensor:
-        tensor = tensors[name]
-        dense = dequantize(tensor.data, tensor.tensor_type)
-        return torch.from_numpy(dense.copy()).reshape(tuple(map(int, reversed(tensor.shape))))
-
-    shapes = {name: tuple(map(int, reversed(t.shape))) for name, t in tensors.items()}
-    architecture = str(metadata.get("general.architecture", ""))
-    gguf = family_of_gguf(architecture)
-    front = f"{architecture}."
-    divisors = get("rope_freqs.weight") if "rope_freqs.weight" in tensors else None
-    header = GgufHeader(
-        architecture,
-        {k.removeprefix(front): v for k, v in metadata.items() if k.startswith(front)},
-        shapes,
-        divisors,
-    )
-    decoder = gguf.read(header)
-    with torch.device("meta"):
-        model = decoder.build()
-    rules = applicable(model, gguf.rules(decoder))
-    kept = ignore(tuple(shapes), ("rope_freqs.weight",))
-    check(
-        expected_shapes(model, rules),
-        {n: shapes[n] for n in kept},
-        source=str(file),
-        family=architecture,
-    )
-    fill(model, rules, get, dtype)
-    return Loaded(model.eval(), architecture, file, metadata)
-
-
-def read_hf_config(folder: Path) -> dict[str, Any]:
-    """config.json of a Hugging Face folder."""
+    Raises:
+        TreadleError: there is none, or the checkpoint is quantised in a way treadle does not read.
+        FileFormatError: it is not JSON.
+    """
     file = folder / "config.json"
     if not file.is_file():
         raise TreadleError(f"{folder}: no config.json; name a folder that holds a model")
@@ -139,11 +176,22 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
         raise FileFormatError(f"{file}: not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise FileFormatError(f"{file}: expected an object, found {type(config).__name__}")
+    if quantisation := config.get("quantization_config"):
+        method = quantisation.get("quant_method", "?") if isinstance(quantisation, dict) else "?"
+        raise TreadleError(
+            f"{folder}: the weights are stored in {method}'s own format, which treadle does not "
+            "read; take the unquantised model, or a GGUF file"
+        )
     return config
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise TreadleError(f"{folder}: no *.safetensors")
-    return files
+def read_header(gguf: GGUFFile) -> GgufHeader:
+    """What the file says of its model."""
+    architecture = str(gguf.metadata.get("general.architecture", ""))
+    front = f"{architecture}."
+    return GgufHeader(
+        architecture,
+        {k.removeprefix(front): v for k, v in gguf.metadata.items() if k.startswith(front)},
+        {name: info.shape for name, info in gguf.tensors.items()},
+        gguf.read(ROPE_DIVISORS) if ROPE_DIVISORS in gguf.tensors else None,
+    )

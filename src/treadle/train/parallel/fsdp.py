@@ -31,7 +31,8 @@ CARD = Card(
     paper="Li et al. 2020, arXiv:2006.15704; Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054; "
     "Zhao et al. 2023, FSDP, arXiv:2304.11277",
     summary="Data parallel: replicas (DDP), ZeRO 1 to 3, hybrid shards, weights kept on the CPU.",
-    recipe="torchrun --nproc-per-node=2 -m treadle run quickstart-scratch plan.kind=FSDP",
+    recipe="torchrun --nproc-per-node=2 -m treadle run quickstart-scratch "
+    "steps.1.plan='{kind: FSDP}'",
     oracle="tests/train/test_train_parallel.py::test_two_ranks_equal_one",
 )
 
@@ -63,7 +64,8 @@ class FSDP(Plan):
             else ((self.replicas, shards), ("replicate", "shard"))
         )
         mesh = init_device_mesh(device, shape, mesh_dim_names=names)
-        offload = CPUOffloadPolicy() if self.offload else OffloadPolicy()
+        pinned = CPUOffloadPolicy(pin_memory=torch.accelerator.is_available())
+        offload = pinned if self.offload else OffloadPolicy()
         reshard = self.stage == 3
         blocks = [m for m in model.modules() if isinstance(m, BlockLayer)]
         for block in blocks:
@@ -73,6 +75,7 @@ class FSDP(Plan):
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
 
     def rounds(self, batches: int) -> int:
         most = torch.tensor(batches)

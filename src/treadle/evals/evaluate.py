@@ -1,0 +1,206 @@
+"""The evaluation step: held-out problems and general text, the same for every stage of a run."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from treadle.core.config import Config
+from treadle.core.pipeline import Step, Workspace
+from treadle.core.progress import Progress
+from treadle.core.results import (
+    EVALUATION,
+    OVERALL,
+    Figure,
+    Sample,
+    accuracy,
+    pooled,
+    write_samples,
+)
+from treadle.data.documents import Documents
+from treadle.data.problems import Problems
+from treadle.data.records import Problem
+from treadle.inference.engine import Engine, EngineConfig
+from treadle.inference.request import Completion, Request
+from treadle.inference.sampling import Sampling
+from treadle.kernels.linear_cross_entropy import token_statistics
+from treadle.models.decoder import DecoderModel
+from treadle.models.source import ModelSource
+from treadle.nn.context import Packed
+from treadle.nn.layout import Layout
+from treadle.nn.linear import bias_of
+from treadle.objectives.objective import head_rule
+from treadle.tokenizers.chat import encode_prompt
+from treadle.tokenizers.load import tokenizer_of
+from treadle.tokenizers.tokenizer import Tokenizer
+from treadle.train.precision import Auto, Precision
+
+
+class Exam(Config):
+    """A family of problems, and how many of them are put."""
+
+    name: str
+    problems: Problems
+    count: int = Field(100, ge=1)
+    first: int = Field(0, ge=0)
+    """Index of the first problem: where what was trained on ends."""
+
+
+class Reading(Config):
+    """General text whose perplexity shows what was forgotten."""
+
+    name: str
+    documents: Documents
+    tokens: int = Field(20_000, ge=2)
+    """How many tokens are predicted."""
+    context: int = Field(512, ge=2)
+
+
+class Evaluate(Step):
+    """Ask a model problems that it was not trained on, and let it read."""
+
+    model: ModelSource
+    subject: str
+    """The stage that is measured: `base`, or the name of the step that made the model."""
+    exams: tuple[Exam, ...] = ()
+    readings: tuple[Reading, ...] = ()
+    sampling: Sampling = Sampling(temperature=0.0, max_tokens=128)
+    precision: Precision = Auto()
+    engine: EngineConfig = EngineConfig()
+
+    def execute(self, workspace: Workspace) -> Mapping[str, Any]:
+        opened = self.model.open(workspace)
+        model, tokenizer = opened.model.eval().requires_grad_(False), tokenizer_of(opened)
+        precision = self.precision.resolve("cpu")
+        precision.prepare(model)
+        engine = Engine(model, tokenizer, self.engine, autocast=partial(precision.autocast, "cpu"))
+        results: dict[str, Figure] = {}
+        samples: list[Sample] = []
+        generated, seconds = 0, 0.0
+        for exam in self.exams:
+            sitting = sit(engine, exam, self.sampling, workspace.progress)
+            results[exam.name] = accuracy([s["score"] for s in sitting.samples])
+            samples += sitting.samples
+            generated, seconds = generated + sitting.tokens, seconds + sitting.seconds
+        if len(self.exams) > 1:
+            results = {OVERALL: pooled(results.values()), **results}
+        for reading in self.readings:
+            with precision.autocast("cpu"):
+                results[reading.name] = perplexity(model, tokenizer, reading, workspace.progress)
+        write_samples(workspace.folder, samples)
+        return {
+            "kind": EVALUATION,
+            "subject": self.subject,
+            "results": results,
+            "tokens_per_second": generated / seconds if seconds else None,
+            "size_bytes": opened.bytes_on_disk,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "precision": str(precision.dtype()).removeprefix("torch."),
+        }
+
+
+@dataclass(frozen=True)
+class Sitting:
+    """An exam that was taken."""
+
+    samples: list[Sample]
+    tokens: int
+    """Generated."""
+    seconds: float
+
+
+def sit(engine: Engine, exam: Exam, sampling: Sampling, progress: Progress) -> Sitting:
+    """Put an exam's problems to a model and score the answers."""
+    problems = [exam.problems.problem(exam.first + i) for i in range(exam.count)]
+    requests = [
+        Request(tuple(encode_prompt(engine.tokenizer, _plain(p))), sampling) for p in problems
+    ]
+    start = time.monotonic()
+    with progress.task(exam.name, len(requests)) as task:
+        answers = engine.generate(requests, lambda done, total: task.update(done))
+    seconds = time.monotonic() - start
+    firsts = [completions[0] for completions in answers]
+    return Sitting(
+        samples=[
+            _sample(exam, exam.first + i, problem, completion)
+            for i, (problem, completion) in enumerate(zip(problems, firsts, strict=True))
+        ],
+        tokens=sum(len(c.tokens) for c in firsts),
+        seconds=seconds,
+    )
+
+
+@torch.inference_mode()
+def perplexity(
+    model: DecoderModel, tokenizer: Tokenizer, reading: Reading, progress: Progress
+) -> Figure:
+    """exp of the mean negative log-probability of a token, with its interval over windows."""
+    tokens = take_tokens(tokenizer, reading)
+    size = reading.context
+    windows = [tokens[i : i + size] for i in range(0, len(tokens) - 1, size)]
+    windows = [w for w in windows if len(w) > 1]
+    losses: list[float] = []
+    counts: list[int] = []
+    with progress.task(reading.name, len(windows)) as task:
+        for number, window in enumerate(windows, 1):
+            flat = torch.tensor(window)
+            hidden = model(flat, Packed.of(Layout((len(window),))))
+            statistics = token_statistics(
+                hidden[:-1],
+                model.head_weight(),
+                flat[1:],
+                bias=bias_of(model.head),
+                rule=head_rule(model),
+            )
+            losses.append(float(-statistics.logprobs.sum()))
+            counts.append(len(window) - 1)
+            task.update(number)
+    return _perplexity(losses, counts)
+
+
+def take_tokens(tokenizer: Tokenizer, reading: Reading) -> list[int]:
+    """The first tokens of the reading's documents, one document after another."""
+    tokens: list[int] = []
+    for document in reading.documents.held_out():
+        tokens += tokenizer.encode(document.text + "\n\n", parse_special=False)
+        if len(tokens) > reading.tokens:
+            break
+    return tokens[: reading.tokens + 1]
+
+
+def _perplexity(losses: Sequence[float], counts: Sequence[int]) -> Figure:
+    total, n = math.fsum(losses), sum(counts)
+    mean = total / n
+    # The ratio's standard error, with windows as the independent units.
+    residuals = [loss - mean * count for loss, count in zip(losses, counts, strict=True)]
+    k = len(losses)
+    spread = math.sqrt(k / (k - 1) * math.fsum(r * r for r in residuals)) / n if k > 1 else None
+    return {
+        "value": math.exp(mean),
+        "low": None if spread is None else math.exp(mean - 1.96 * spread),
+        "high": None if spread is None else math.exp(mean + 1.96 * spread),
+        "n": n,
+        "unit": "perplexity",
+    }
+
+
+def _plain(problem: Problem) -> list[dict[str, Any]]:
+    return [m.plain() for m in problem.prompt]
+
+
+def _sample(exam: Exam, index: int, problem: Problem, completion: Completion) -> Sample:
+    return {
+        "problem": f"{exam.name}-{index}",
+        "task": exam.name,
+        "prompt": problem.prompt[-1].content,
+        "answer": completion.text,
+        "expected": problem.answer,
+        "score": exam.problems.score(problem, completion.text),
+    }

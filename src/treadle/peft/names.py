@@ -1,0 +1,70 @@
+"""What Hugging Face calls the layers of a model: adapter files go by those names."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from treadle.core.errors import ConfigError
+from treadle.models.decoder import DecoderModel
+from treadle.models.families import family_for_hf
+from treadle.models.weights import Transposed
+from treadle.nn.linear import LinearLike
+from treadle.peft.adapter import AdapterLayer
+
+
+@dataclass(frozen=True)
+class Names:
+    """What Hugging Face calls our modules."""
+
+    theirs_by_ours: Mapping[str, str]
+    transposed: frozenset[str]
+    """Ours, where theirs stores the weight as [in, out]."""
+
+    @property
+    def ours_by_theirs(self) -> dict[str, str]:
+        return {theirs: ours for ours, theirs in self.theirs_by_ours.items()}
+
+    def theirs(self, ours: str) -> str:
+        if ours not in self.theirs_by_ours:
+            raise ConfigError(
+                f"`{ours}` is a part of a layer in Hugging Face's naming of this family, where an "
+                "adapter takes the whole; merge the adapter and save the model instead"
+            )
+        return self.theirs_by_ours[ours]
+
+
+def names_of(model: DecoderModel) -> Names:
+    """The names of every layer that an adapter can go on."""
+    kinds = (nn.Linear, LinearLike, nn.Embedding, AdapterLayer)
+    layers = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and not name.endswith(".base")
+    }
+    try:
+        family = family_for_hf(model.config)
+    except ConfigError:
+        return Names({name: name for name in layers}, frozenset())
+    names: dict[str, str] = {}
+    transposed = set()
+    for rule in family.huggingface.rules(model.config):
+        ours = rule.ours[0].removesuffix(".weight")
+        if len(rule.ours) == 1 and ours in layers and rule.ours[0].endswith(".weight"):
+            names[ours] = rule.theirs[0].removesuffix(".weight")
+            if rule.map == Transposed():
+                transposed.add(ours)
+    return Names(names, frozenset(transposed))
+
+
+def patterns(chosen: Collection[str], among: Collection[str]) -> list[str]:
+    """Last names where they choose exactly these modules, else whole names."""
+    leaves = sorted({name.rpartition(".")[2] for name in chosen})
+    return leaves if select(leaves, among) == set(chosen) else list(chosen)
+
+
+def select(ends: Sequence[str], among: Collection[str]) -> set[str]:
+    """The names that end in one of these, as PEFT reads `target_modules`."""
+    return {n for n in among if any(f".{n}".endswith(f".{p}") for p in ends)}

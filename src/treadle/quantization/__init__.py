@@ -1,0 +1,1 @@
+"""Quantisation: weights in fewer bits, run from their packed form."""

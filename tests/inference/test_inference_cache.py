@@ -1,0 +1,77 @@
+"""Cached generation equals the model run anew on the whole text at every token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_generation import byte_tokenizer, tiny_model
+
+from treadle.inference.cache import Decode, KVCache, Prefill
+from treadle.inference.engine import Engine, EngineConfig
+from treadle.inference.request import Request
+from treadle.inference.sampling import Sampling
+from treadle.models.decoder import Decoder
+from treadle.nn.alibi import ALiBi
+from treadle.nn.block import Block
+from treadle.nn.ffn.ffn import MLP
+from treadle.nn.mixers.attention import Attention
+from treadle.nn.norms import LayerNorm
+from treadle.nn.positions import NoPositions
+
+PROMPTS = [3, 17, 5, 31, 2, 9, 26, 4]
+
+
+def variants():
+    torch.manual_seed(1)
+    yield "dense", tiny_model()
+    yield "window", tiny_model(6, None, 6)
+    common = {"ffn": MLP(hidden=32), "norm": LayerNorm()}
+    for name, mixer, learned in (
+        ("alibi", Attention(heads=4, positions=ALiBi()), False),
+        ("learned", Attention(heads=4, kv_heads=1, positions=NoPositions()), True),
+        ("softcap", Attention(heads=4, kv_heads=2, softcap=3.0, window=5), False),
+    ):
+        decoder = Decoder(
+            vocab=257,
+            dim=16,
+            context=128,
+            blocks=(Block(mixer=mixer, **common),) * 2,
+            learned_positions=learned,
+            std=0.5,
+        )
+        yield name, decoder.build().eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "model"), list(variants()), ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_cached_equals_uncached(name, model) -> None:
+    """Prompts and answers of unequal length, fewer slots than requests."""
+    torch.manual_seed(2)
+    prompts = [tuple(torch.randint(0, 256, (n,)).tolist()) for n in PROMPTS]
+    engine = Engine(model, byte_tokenizer(), EngineConfig(slots=3, prefill_tokens=40))
+    requests = [
+        Request(p, Sampling(temperature=0.0, max_tokens=5 + 3 * i)) for i, p in enumerate(prompts)
+    ]
+    answers = engine.generate(requests)
+    for request, (completion,) in zip(requests, answers, strict=True):
+        text = list(request.prompt)
+        for token, logprob in zip(completion.tokens, completion.logprobs, strict=True):
+            with torch.no_grad():
+                expected = model.logits(model(torch.tensor(text)))[-1].log_softmax(-1)
+            assert token == expected.argmax()
+            assert logprob == pytest.approx(float(expected[token]), abs=1e-4)
+            text.append(token)
+
+
+def test_a_window_keeps_a_ring() -> None:
+    model = tiny_model(6, None)
+    cache = KVCache(model, slots=2)
+    with torch.inference_mode():
+        model(torch.arange(40), Prefill.of(cache, [0], [40]))
+        for _ in range(5):
+            model(torch.tensor([1]), Decode.of(cache, 1))
+    assert cache.keys[0].shape[2] == 6
+    assert cache.keys[1].shape[2] >= 45
+    held = cache.held(0, torch.tensor([45]), 45)
+    assert sorted(held[0].tolist()) == list(range(39, 45))
