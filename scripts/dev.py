@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -63,6 +64,8 @@ def main(arguments: list[str]) -> int:
     if command not in ("test", "slow", "lint", "fix", "hooks"):
         print(__doc__.strip())
         return 0 if command in ("help", "-h", "--help") else 2
+    if command == "lint" and (unknown := set(rest) - set(LINTERS)):
+        raise SetupError(f"no check {', '.join(unknown)}; there are {', '.join(LINTERS)}")
     setup("dev")
     if command == "lint":
         return lint(rest or list(LINTERS))
@@ -188,6 +191,13 @@ def explain(output: str) -> str:
         return f"the disk is full: free some space, then run this again (log: {LOG})."
     if any(sign in output for sign in NO_NETWORK):
         return f"the package index cannot be reached: check the network or proxy (log: {LOG})."
+    if missing := re.search(
+        r"that satisfies the requirement (\S+).*\(from versions: none\)", output
+    ):
+        return (
+            f"no package index has `{missing[1]}` for Python {sys.version.split()[0]} on this "
+            f"machine, or none can be reached: check the network or proxy (log: {LOG})."
+        )
     errors = [line for line in output.splitlines() if line.startswith(("ERROR", "error"))]
     return "pip failed:\n" + "\n".join((errors or output.splitlines())[-8:]) + f"\n(log: {LOG})"
 
@@ -208,8 +218,6 @@ def test(arguments: list[str], *, parallel: bool) -> int:
 def lint(names: list[str]) -> int:
     failures = []
     for name in names:
-        if name not in LINTERS:
-            raise SetupError(f"no check `{name}`; there are {', '.join(LINTERS)}")
         start = time.monotonic()
         done = subprocess.run(
             [str(part) for part in LINTERS[name]], cwd=ROOT, env=environment(),
