@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-import gguf
 import pytest
 from transformers import AutoTokenizer
 
@@ -106,9 +106,10 @@ def test_llama3_style_renders_like_transformers(llama3_like: Tokenizer, tmp_path
     assert learned(llama3_like) == ["Hi there! 🙂<|eot_id|>", "No.<|eot_id|>"]
 
 
-def test_smollm2_renders_like_transformers(smollm2_gguf: Path, tmp_path: Path) -> None:
-    fields = gguf.GGUFReader(smollm2_gguf).fields
-    tokenizer = Tokenizer.from_gguf({name: f.contents() for name, f in fields.items()})
+def test_smollm2_renders_like_transformers(
+    smollm2_metadata: dict[str, Any], tmp_path: Path
+) -> None:
+    tokenizer = Tokenizer.from_gguf(smollm2_metadata)
     assert_same_as_transformers(tokenizer, tmp_path, (CONVERSATION, CONVERSATION[1:2]))
     assert learned(tokenizer) == ["Hi there! 🙂<|im_end|>", "No.\n<|im_end|>"]
 
