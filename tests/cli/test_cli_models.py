@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from treadle.cli.app import build
-from treadle.cli.models import open_model
+from treadle.cli.models import open_model, source_of
 from treadle.core.errors import TreadleError
 from treadle.models.decoder import DecoderModel
 from treadle.models.hub.load import load_model
@@ -131,7 +131,72 @@ def test_pull_lists_what_is_known() -> None:
     assert "smollm2-135m-instruct" in treadle("pull").stdout
 
 
+ELSEWHERE = """
+from treadle.core.pipeline import Pipeline
+from treadle.data.problems import Problems
+from treadle.data.records import Problem, user
+from treadle.evals.evaluate import Evaluate, Exam
+from treadle.models.source import Pretrained
+
+
+class {prefix}Sums(Problems):
+    def problem(self, index):
+        return Problem((user(f"{{index}} + 1?"),), str(index + 1), "sums")
+
+    def score(self, problem, completion):
+        return float(problem.answer in completion)
+
+
+def exam():
+    model = Pretrained(name="nothing")
+    sums = Exam(name="sums", problems={prefix}Sums(), count=8)
+    return Evaluate(name="before", model=model, subject="base", exams=(sums,))
+"""
+
+
+def test_eval_measures_as_a_recipe_does(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("exam.py").write_text(ELSEWHERE.format(prefix="CliEval"))
+    shown = treadle("eval", str(folder), "exams.0.count=3", "--like", "exam.py")
+    assert shown.exit_code == 0, shown.output
+    assert "sums" in shown.stdout
+    assert "n=3" in shown.stdout
+    assert Path("runs/eval-tiny/evaluation/samples.jsonl").is_file()
+    again = treadle("eval", str(folder), "exams.0.count=3", "--like", "runs/eval-tiny")
+    assert again.stdout == shown.stdout
+    assert "skipped" in again.stderr
+
+
 def test_a_run_without_a_finished_training_says_so(tmp_path: Path) -> None:
     (tmp_path / "pipeline.yaml").write_text("kind: Pipeline\nname: p\nsteps: []\n")
     with pytest.raises(TreadleError, match="no training step has finished"):
         open_model(str(tmp_path))
+
+
+def test_the_folder_of_a_run_is_its_last_finished_training(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    talks = [[{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]] * 4
+    Path("talks.jsonl").write_text("\n".join(json.dumps({"messages": m}) for m in talks))
+    steps = [
+        f"- &run\n  kind: Run\n  name: first\n  model: {{kind: Pretrained, name: {folder}}}",
+        "  source:\n    kind: Supervised\n    per_step: 2",
+        "    conversations: {kind: ConversationFiles, path: talks.jsonl}",
+        "  objective: {kind: CausalLM}",
+        "  optimizer: {kind: AdamW, lr: 0.01}",
+        "  fit: {kind: Fit, steps: 2}",
+    ]
+    Path("mine.yaml").write_text("\n".join(["kind: Pipeline", "name: mine", "steps:", *steps]))
+    done = treadle("run", "mine.yaml")
+    assert done.exit_code == 0, done.output
+    trained = source_of("runs/mine")
+    assert trained == source_of("runs/mine/first")
+    tokens = torch.arange(3, 20)
+    with torch.no_grad():
+        before, after = (logits(open_model(str(m)).model, tokens) for m in (folder, "runs/mine"))
+    assert not torch.allclose(before, after, atol=1e-3)
+    assert treadle("generate", "runs/mine", "a", "--max-tokens", "2").exit_code == 0
+    assert treadle("export", "runs/mine", "--to", "out").exit_code == 0

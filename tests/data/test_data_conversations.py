@@ -10,7 +10,7 @@ from treadle.core.config import from_yaml, to_yaml
 from treadle.core.errors import FileFormatError, TreadleError
 from treadle.data.conversations import ConversationFiles, HeldOutConversations
 from treadle.data.formats import AlpacaFormat, FlanFormat, convert
-from treadle.data.records import Chat, Text, assistant, user
+from treadle.data.records import Chat, Text, assistant, record_text, user
 from treadle.data.split import LeakFreeSplit, Part
 from treadle.data.spool import Spool, open_records
 from treadle.data.supervised import Supervised
@@ -32,8 +32,8 @@ def test_parts_are_apart(shared_data: Path) -> None:
     held = HeldOutConversations(of=files)
     assert files.count() + held.count() == 4957
     assert held.count() == pytest.approx(496, rel=0.3)
-    training = {files.conversation(i).messages for i in range(files.count())}
-    assert not any(held.conversation(i).messages in training for i in range(held.count()))
+    training = {record_text(files.conversation(i)) for i in range(files.count())}
+    assert not any(record_text(held.conversation(i)) in training for i in range(held.count()))
 
 
 def test_a_format_can_be_named(tmp_path: Path, shared_data: Path) -> None:

@@ -20,6 +20,7 @@ from treadle.cli import (
     techniques,
     version,
 )
+from treadle.cli import eval as evaluate
 from treadle.cli.command import Command, guarded
 
 COMMANDS: tuple[Command, ...] = (
@@ -29,6 +30,7 @@ COMMANDS: tuple[Command, ...] = (
     report.COMMAND,
     chat.COMMAND,
     generate.COMMAND,
+    evaluate.COMMAND,
     export.COMMAND,
     pull.COMMAND,
     schema.COMMAND,

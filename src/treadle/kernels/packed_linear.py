@@ -77,7 +77,7 @@ def tile_width() -> int:
     return {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 0)
 
 
-def pack_tiles(codes: UInt8[Tensor, "rows in"], width: int) -> UInt8[Tensor, "tiles in half"]:
+def pack_tiles(codes: UInt8[Tensor, "rows in"], width: int) -> UInt8[Tensor, " tiles in half"]:
     """Codes from 0 to 15; missing rows of the last tile are 8, the code of zero."""
     missing = -len(codes) % width
     padded = F.pad(codes, (0, 0, 0, missing), value=8)
@@ -86,13 +86,13 @@ def pack_tiles(codes: UInt8[Tensor, "rows in"], width: int) -> UInt8[Tensor, "ti
     return tiles
 
 
-def unpack_tiles(tiles: UInt8[Tensor, "tiles in half"]) -> UInt8[Tensor, "tiles in width"]:
+def unpack_tiles(tiles: UInt8[Tensor, " tiles in half"]) -> UInt8[Tensor, " tiles in width"]:
     """Codes from 0 to 15, rows last; missing rows included."""
     return torch.cat((tiles & 15, tiles >> 4), dim=2)
 
 
 def dequantise_int4(
-    tiles: UInt8[Tensor, "tiles in half"],
+    tiles: UInt8[Tensor, " tiles in half"],
     scales: Float[Tensor, "groups padded parts"],
     dtype: torch.dtype,
 ) -> Float[Tensor, "padded in"]:
@@ -111,7 +111,7 @@ def dequantise_int4(
 
 def weight_only_int4(
     x: BFloat16[Tensor, "N in"],
-    tiles: UInt8[Tensor, "tiles in half"],
+    tiles: UInt8[Tensor, " tiles in half"],
     scales: BFloat16[Tensor, "groups padded 2"],
 ) -> BFloat16[Tensor, "N padded"]:
     """x W^T, missing rows included."""

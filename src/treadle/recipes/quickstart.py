@@ -6,7 +6,7 @@ quantised to 4 bits, exported; measured after every stage on the same held-out p
 
 from __future__ import annotations
 
-from treadle.alignment.reasoning_gym import Family, ReasoningGym
+from treadle.alignment.reasoning_gym import ReasoningGym
 from treadle.alignment.rollouts import Rollouts
 from treadle.alignment.worked_solutions import WorkedSolutions
 from treadle.core.pipeline import Pipeline
