@@ -12,7 +12,7 @@ from treadle.core.errors import FileFormatError
 from treadle.evals.commonsense import ARC, PIQA, BoolQ, HellaSwag, Winogrande
 from treadle.evals.harness import evaluate
 from treadle.evals.multiple_choice import MultipleChoice
-from treadle.evals.rows import JsonLines
+from treadle.evals.rows import Examples
 from treadle.models.hub.load import load_model
 from treadle.tokenizers.tokenizer import Tokenizer
 
@@ -83,14 +83,14 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_matches_lm_eval(case: str, model: Tiny, shared_data: Path, tmp_path: Path) -> None:
     file, form, kind, yaml = CASES[case]
-    prepared = JsonLines(path=str(shared_data / file)).take(ROWS)
+    prepared = Examples(path=str(shared_data / file)).take(ROWS)
     hub = [form(dict(row)) for row in prepared]
     theirs = lm_eval_samples(model.lm, {"include": str(TASKS / yaml)}, {"test": hub}, tmp_path)
 
     loaded, tokenizer = load_model(model.folder).model, Tokenizer.load(model.folder)
-    task: MultipleChoice = kind(rows=JsonLines(path=str(tmp_path / "test.jsonl")))
+    task: MultipleChoice = kind(rows=Examples(path=str(tmp_path / "test.jsonl")))
     result = evaluate(loaded, tokenizer, [task], records=tmp_path / "records", tokens=1500)
-    ours = list(JsonLines(path=str(next((tmp_path / "records").rglob("*.jsonl")))).open())
+    ours = list(Examples(path=str(next((tmp_path / "records").rglob("*.jsonl")))).open())
     ours.sort(key=lambda record: record["index"])
 
     assert len(ours) == len(theirs) == ROWS
@@ -102,19 +102,19 @@ def test_matches_lm_eval(case: str, model: Tiny, shared_data: Path, tmp_path: Pa
                 assert mine["metrics"][metric] == other[metric], (mine, other)
     hits = sum(other["acc"] for other in theirs)
     assert 0 < hits < ROWS
-    assert result.tasks[case].scores["acc"].value == pytest.approx(hits / ROWS)
+    assert result.tasks[case].scores["acc"]["value"] == pytest.approx(hits / ROWS)
 
 
 @pytest.mark.parametrize("case", ["arc", "piqa", "winogrande"])
 def test_prepared_rows_are_the_same_questions(case: str, shared_data: Path) -> None:
     file, form, kind, _ = CASES[case]
-    rows = JsonLines(path=str(shared_data / file))
+    rows = Examples(path=str(shared_data / file))
     task = kind(rows=rows)
     for row in rows.take(50):
         assert task.question(row) == task.question(form(dict(row)))
 
 
 def test_unknown_rows_are_named() -> None:
-    task = ARC(rows=JsonLines(path="unused.jsonl"))
+    task = ARC(rows=Examples(path="unused.jsonl"))
     with pytest.raises(FileFormatError, match=r"task `arc` cannot read .* fields prompt, target"):
         task.question({"prompt": "?", "target": "!"})

@@ -11,7 +11,7 @@ from lm_eval.models.huggingface import HFLM
 
 from treadle.evals.gsm8k import GSM8K
 from treadle.evals.harness import evaluate
-from treadle.evals.rows import JsonLines
+from treadle.evals.rows import Examples
 from treadle.evals.shots import FirstShots
 from treadle.inference.sampling import Sampling
 from treadle.models.hub.load import load_model
@@ -53,8 +53,8 @@ def ending(answer: str, number: int) -> str:
 
 def test_matches_lm_eval(shared_data: Path, tmp_path: Path) -> None:
     model = tiny(tmp_path / "model")
-    train = JsonLines(path=str(shared_data / "sft/gsm8k_train.jsonl.gz")).take(5)
-    test = JsonLines(path=str(shared_data / "sft/gsm8k_test.jsonl.gz")).take(60)
+    train = Examples(path=str(shared_data / "sft/gsm8k_train.jsonl.gz")).take(5)
+    test = Examples(path=str(shared_data / "sft/gsm8k_test.jsonl.gz")).take(60)
     lm = Recital(pretrained=model.lm.model, tokenizer=model.lm.tokenizer)
     lm.answers = [ending(row["answer"], i) for i, row in enumerate(test)]
     rows = {"test": test, "train": train}
@@ -62,8 +62,8 @@ def test_matches_lm_eval(shared_data: Path, tmp_path: Path) -> None:
         lm, {**YAML, "num_fewshot": 5, "fewshot_config": {"sampler": "first_n"}}, rows, tmp_path
     )
     task = GSM8K(
-        rows=JsonLines(path=str(tmp_path / "test.jsonl")),
-        shots=FirstShots(rows=JsonLines(path=str(tmp_path / "train.jsonl")), count=5),
+        rows=Examples(path=str(tmp_path / "test.jsonl")),
+        shots=FirstShots(rows=Examples(path=str(tmp_path / "train.jsonl")), count=5),
     )
     items = task.items()
     assert [item.prompt for item in items] == lm.asked
@@ -83,8 +83,8 @@ def test_generates_what_transformers_generates(
     prompt_length: str, shared_data: Path, tmp_path: Path
 ) -> None:
     model = tiny(tmp_path / "model", context=2048)
-    train = JsonLines(path=str(shared_data / "sft/gsm8k_train.jsonl.gz")).take(2)
-    test = JsonLines(path=str(shared_data / "sft/gsm8k_test.jsonl.gz")).take(6)
+    train = Examples(path=str(shared_data / "sft/gsm8k_train.jsonl.gz")).take(2)
+    test = Examples(path=str(shared_data / "sft/gsm8k_test.jsonl.gz")).take(6)
     shots = 2 if prompt_length == "shots" else 0
     theirs = lm_eval_samples(
         model.lm,
@@ -97,15 +97,15 @@ def test_generates_what_transformers_generates(
         {"test": test, "train": train},
         tmp_path,
     )
-    path = JsonLines(path=str(tmp_path / "train.jsonl"))
+    path = Examples(path=str(tmp_path / "train.jsonl"))
     task = GSM8K(
-        rows=JsonLines(path=str(tmp_path / "test.jsonl")),
+        rows=Examples(path=str(tmp_path / "test.jsonl")),
         shots=FirstShots(rows=path, count=shots) if shots else None,
         sampling=Sampling(temperature=0.0, max_tokens=24, stop=("Question:", "water")),
     )
     loaded, tokenizer = load_model(model.folder).model, Tokenizer.load(model.folder)
     result = evaluate(loaded, tokenizer, [task], records=tmp_path / "records")
-    records = JsonLines(path=str(next((tmp_path / "records").rglob("*.jsonl")))).take()
+    records = Examples(path=str(next((tmp_path / "records").rglob("*.jsonl")))).take()
     texts = {record["index"]: record["output"]["text"] for record in records}
     expected = {s["doc_id"]: s["resps"][0][0] for s in theirs}
     assert texts == expected

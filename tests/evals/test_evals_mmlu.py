@@ -9,7 +9,7 @@ from evals.lm_eval_oracle import TASKS, lm_eval_samples, tiny
 
 from treadle.evals.harness import evaluate
 from treadle.evals.mmlu import MMLU
-from treadle.evals.rows import JsonLines
+from treadle.evals.rows import Examples
 from treadle.evals.shots import FirstShots
 from treadle.models.hub.load import load_model
 from treadle.tokenizers.tokenizer import Tokenizer
@@ -21,8 +21,8 @@ ROWS = 12
 @pytest.mark.parametrize("bos", [False, True])
 def test_matches_lm_eval(bos: bool, shared_data: Path, tmp_path: Path) -> None:
     model = tiny(tmp_path / "model", context=2048, bos=bos)
-    dev = JsonLines(path=str(shared_data / "eval/mmlu_dev.jsonl.gz"))
-    test = JsonLines(path=str(shared_data / "eval/mmlu_test.jsonl.gz"))
+    dev = Examples(path=str(shared_data / "eval/mmlu_dev.jsonl.gz"))
+    test = Examples(path=str(shared_data / "eval/mmlu_test.jsonl.gz"))
     chosen = []
     expected = {}
     for subject in SUBJECTS:
@@ -42,10 +42,10 @@ def test_matches_lm_eval(bos: bool, shared_data: Path, tmp_path: Path) -> None:
         expected[subject] = theirs
     path = tmp_path / "chosen.jsonl"
     path.write_text("".join((tmp_path / s / "test.jsonl").read_text() for s in SUBJECTS))
-    task = MMLU(rows=JsonLines(path=str(path)), shots=FirstShots(rows=dev, count=5))
+    task = MMLU(rows=Examples(path=str(path)), shots=FirstShots(rows=dev, count=5))
     loaded, tokenizer = load_model(model.folder).model, Tokenizer.load(model.folder)
     result = evaluate(loaded, tokenizer, [task], records=tmp_path / "records", tokens=3000)
-    records = JsonLines(path=str(next((tmp_path / "records").rglob("*.jsonl")))).take()
+    records = Examples(path=str(next((tmp_path / "records").rglob("*.jsonl")))).take()
     records.sort(key=lambda record: record["index"])
     flat = [sample for subject in SUBJECTS for sample in expected[subject]]
     for ours, other in zip(records, flat, strict=True):
@@ -55,7 +55,7 @@ def test_matches_lm_eval(bos: bool, shared_data: Path, tmp_path: Path) -> None:
     scores = result.tasks["mmlu"]
     hits = [other["acc"] for other in flat]
     assert 0 < sum(hits) < len(hits)
-    assert scores.scores["acc"].value == pytest.approx(sum(hits) / len(hits))
+    assert scores.scores["acc"]["value"] == pytest.approx(sum(hits) / len(hits))
     for number, subject in enumerate(SUBJECTS):
         part = hits[number * ROWS : (number + 1) * ROWS]
-        assert scores.groups[subject]["acc"].value == pytest.approx(sum(part) / ROWS)
+        assert scores.groups[subject]["acc"]["value"] == pytest.approx(sum(part) / ROWS)

@@ -11,7 +11,7 @@ from evals.lm_eval_oracle import TASKS, lm_eval_samples, tiny
 from treadle.core.errors import FileFormatError
 from treadle.evals.harness import evaluate
 from treadle.evals.perplexity import windows
-from treadle.evals.rows import JsonLines, TextFile
+from treadle.evals.rows import Examples
 from treadle.evals.wikitext import WikiText, articles, plain
 from treadle.models.hub.load import load_model
 from treadle.tokenizers.tokenizer import Tokenizer
@@ -19,18 +19,18 @@ from treadle.tokenizers.tokenizer import Tokenizer
 
 def test_matches_lm_eval(shared_data: Path, tmp_path: Path) -> None:
     model = tiny(tmp_path / "model", context=64, scale=2.0)
-    file = TextFile(path=str(shared_data / "lm/wikitext2_test.txt.gz"))
-    pages = articles(file.take()[0]["page"])
+    file = Examples(path=str(shared_data / "lm/wikitext2_test.txt.gz"))
+    pages = articles("".join(row["text"] for row in file.open()))
     assert len(pages) == 62
     odd = [" odd ( page ) : N = = 's '  \n", " x ", "a @-@ b ; ; c , ' d ' \" e \" ' [ f ]"]
     rows = [{"page": page[:3000]} for page in pages[:4]] + [{"page": page} for page in odd]
     theirs = lm_eval_samples(
         model.lm, {"include": str(TASKS / "wikitext/wikitext.yaml")}, {"test": rows}, tmp_path
     )
-    task = WikiText(rows=JsonLines(path=str(tmp_path / "test.jsonl")))
+    task = WikiText(rows=Examples(path=str(tmp_path / "test.jsonl")))
     loaded, tokenizer = load_model(model.folder).model, Tokenizer.load(model.folder)
     result = evaluate(loaded, tokenizer, [task], records=tmp_path / "records", tokens=700)
-    records = JsonLines(path=str(next((tmp_path / "records").rglob("*.jsonl")))).take()
+    records = Examples(path=str(next((tmp_path / "records").rglob("*.jsonl")))).take()
     by_index = {record["index"]: record["metrics"] for record in records}
     total = words = size = 0.0
     for other in theirs:
@@ -40,15 +40,17 @@ def test_matches_lm_eval(shared_data: Path, tmp_path: Path) -> None:
         assert (ours["words"], ours["bytes"]) == (counted, other["byte_perplexity"][1])
         total, words, size = total + found, words + counted, size + ours["bytes"]
     scores = result.tasks["wikitext"].scores
-    assert scores["word_perplexity"].value == pytest.approx(math.exp(-total / words), rel=1e-5)
-    assert scores["byte_perplexity"].value == pytest.approx(math.exp(-total / size), rel=1e-5)
-    assert scores["bits_per_byte"].value == pytest.approx(-total / size / math.log(2), rel=1e-5)
-    for score in scores.values():
-        assert score.low < score.value < score.high
+    assert scores["word_perplexity"]["value"] == pytest.approx(math.exp(-total / words), rel=1e-5)
+    assert scores["byte_perplexity"]["value"] == pytest.approx(math.exp(-total / size), rel=1e-5)
+    assert scores["bits_per_byte"]["value"] == pytest.approx(-total / size / math.log(2), rel=1e-5)
+    for figure in scores.values():
+        assert figure["low"] < figure["value"] < figure["high"]
 
 
-@pytest.mark.parametrize(("length", "size", "overlap"), [(1, 4, 1), (4, 4, 1), (11, 4, 1),
-                                                         (11, 4, 3), (23, 7, 7), (9, 8, 4)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("length", "size", "overlap"),
+    [(1, 4, 1), (4, 4, 1), (11, 4, 1), (11, 4, 3), (23, 7, 7), (9, 8, 4)],
+)
 def test_windows_cover_each_token_once(length: int, size: int, overlap: int) -> None:
     tokens = list(range(100, 100 + length))
     predicted: list[int] = []
@@ -59,9 +61,11 @@ def test_windows_cover_each_token_once(length: int, size: int, overlap: int) -> 
     assert predicted == tokens
 
 
-def test_a_row_without_a_page_is_refused() -> None:
-    with pytest.raises(FileFormatError, match="`wikitext` cannot read a row with the fields text"):
-        WikiText(rows=TextFile(path="unused.txt")).documents({"text": "..."})
+def test_a_row_without_text_is_refused() -> None:
+    with pytest.raises(
+        FileFormatError, match="`wikitext` cannot read a row with the fields prompt"
+    ):
+        WikiText(rows=Examples(path="unused.txt")).documents([{"prompt": "?"}])
 
 
 def test_plain_english() -> None:
