@@ -33,7 +33,6 @@ def treadle(args: argparse.Namespace) -> Mapping[str, float]:
     from functools import partial
 
     import torch
-    from treadle.peft.lora import LoRA
 
     from treadle.alignment.rollouts import Rollouts
     from treadle.data.problems import Problems
@@ -44,6 +43,7 @@ def treadle(args: argparse.Namespace) -> Mapping[str, float]:
     from treadle.objectives.policy import GRPO
     from treadle.optim.adamw import AdamW
     from treadle.optim.clipping import NormClip
+    from treadle.peft.lora import LoRA
     from treadle.tokenizers.tokenizer import Tokenizer
     from treadle.train.parallel.plan import SingleProcess
     from treadle.train.precision import BF16, FP32

@@ -28,7 +28,6 @@ def rows() -> list[list[int]]:
 
 def treadle(args: argparse.Namespace) -> Mapping[str, float]:
     import torch
-    from treadle.peft.lora import LoRA
 
     from treadle.data.batch import Piece, assemble
     from treadle.data.source import Work
@@ -36,6 +35,7 @@ def treadle(args: argparse.Namespace) -> Mapping[str, float]:
     from treadle.objectives.causal import CausalLM
     from treadle.optim.adamw import AdamW
     from treadle.optim.clipping import NormClip
+    from treadle.peft.lora import LoRA
     from treadle.tokenizers.chat import encode_chat
     from treadle.tokenizers.tokenizer import Tokenizer
     from treadle.train.parallel.plan import SingleProcess

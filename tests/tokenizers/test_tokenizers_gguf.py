@@ -124,8 +124,8 @@ def sentencepiece_like() -> Tokenizer:
     return Tokenizer(backend, special=SpecialTokens(bos="<s>", eos="</s>", unk="<unk>"))
 
 
-def test_smollm2_file_gives_its_tokenizer(smollm2_gguf: Path) -> None:
-    tokenizer = Tokenizer.from_gguf(metadata_of(smollm2_gguf))
+def test_smollm2_file_gives_its_tokenizer(smollm2_metadata: dict[str, Any]) -> None:
+    tokenizer = Tokenizer.from_gguf(smollm2_metadata)
     assert tokenizer.vocab_size == 49152
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 2)
     assert tokenizer.stop_ids == {0, 2}
@@ -133,8 +133,8 @@ def test_smollm2_file_gives_its_tokenizer(smollm2_gguf: Path) -> None:
     assert tokenizer.special_ids == set(range(17))
 
 
-def test_smollm2_round_trip(smollm2_gguf: Path) -> None:
-    metadata = metadata_of(smollm2_gguf)
+def test_smollm2_round_trip(smollm2_metadata: dict[str, Any]) -> None:
+    metadata = smollm2_metadata
     written = Tokenizer.from_gguf(metadata).to_gguf_metadata()
     for key, value in metadata.items():
         if key.startswith("tokenizer."):
@@ -142,8 +142,8 @@ def test_smollm2_round_trip(smollm2_gguf: Path) -> None:
     assert set(written) == {"tokenizer.ggml.eot_token_id", "tokenizer.ggml.add_eos_token"}
 
 
-def test_smollm2_matches_llama_cpp(smollm2_gguf: Path) -> None:
-    tokenizer = Tokenizer.from_gguf(metadata_of(smollm2_gguf))
+def test_smollm2_matches_llama_cpp(smollm2_gguf: Path, smollm2_metadata: dict[str, Any]) -> None:
+    tokenizer = Tokenizer.from_gguf(smollm2_metadata)
     known = tuple(t.replace("\u200d", "") for t in TEXTS)
     assert_llama_cpp_agrees(smollm2_gguf, tokenizer, known)
 

@@ -317,8 +317,13 @@ def fresh():
 said = []
 store = CheckpointStore(Path(sys.argv[1]), keep=2, say=said.append)
 generator = random.Random(int(sys.argv[2]))
-done, interrupted = -1, 0
-for _ in range(40):
+model, state = fresh()
+start = time.monotonic()
+store.save(1, state)
+pace = time.monotonic() - start
+done, interrupted = 1, 0
+for _ in range(300):
+    if interrupted >= 8 and done > 8: break
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -330,7 +335,7 @@ for _ in range(40):
                 for p in model.parameters(): p.fill_(step)
             store.save(step, state)
             os.write(write, step.to_bytes(4, "little"))
-    time.sleep(generator.uniform(0.0, 0.06))
+    time.sleep(generator.uniform(0.0, 3 * pace))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     os.close(write)
@@ -338,14 +343,13 @@ for _ in range(40):
     while data := os.read(read, 4096): told += data
     os.close(read)
     if told: done = int.from_bytes(told[-4:], "little")
-    leftovers = [n for n in os.listdir(sys.argv[1]) if n.startswith(".")] if done >= 0 else []
+    leftovers = [n for n in os.listdir(sys.argv[1]) if n.startswith(".")]
     interrupted += bool(leftovers)
     model, state = fresh()
     step = store.restore_latest(state)
-    assert (step or -1) >= done, (step, done)
-    if step is not None:
-        assert all(bool((p == step).all()) for p in model.parameters()), step
-assert done > 0 and not said, (done, said)
+    assert step >= done, (step, done)
+    assert step == 1 or all(bool((p == step).all()) for p in model.parameters()), step
+assert not said, said
 print(done, interrupted)
 """
 
@@ -355,8 +359,8 @@ def test_kill_at_any_moment_loses_nothing_saved(tmp_path: Path) -> None:
     ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     assert ran.returncode == 0, ran.stderr
     saved, interrupted = map(int, ran.stdout.split())
-    assert saved > 5
-    assert interrupted > 0, "no kill met a save: the test proves nothing"
+    assert saved > 8
+    assert interrupted >= 8, "too few kills met a save: the test proves nothing"
 
 
 def test_trees_go_to_disk_and_back() -> None:

@@ -86,7 +86,7 @@ def test_resume_and_uneven_ranks(tmp_path: Path) -> None:
 
 def test_torchrun_with_a_single_plan_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(TreadleError, match=r"plan\.kind=DDP"):
+    with pytest.raises(TreadleError, match="set plan to DDP"):
         SingleProcess().setup("cpu")
 
 

@@ -14,6 +14,8 @@ from treadle.models.decoder import Decoder, DecoderModel
 from treadle.nn.block import Block
 from treadle.nn.ffn.ffn import GatedMLP
 from treadle.nn.mixers.attention import Attention
+from treadle.objectives.causal import CausalLM
+from treadle.objectives.objective import LossOutput, Objective
 
 VOCAB = 61
 
@@ -37,11 +39,20 @@ def documents(step: int, count: int) -> list[Piece]:
     return pieces
 
 
+class CountedLM(Objective):
+    """Cross-entropy per prediction, whatever their weights: a large weight makes a large loss."""
+
+    def __call__(self, model: DecoderModel, batch: Batch) -> LossOutput:
+        output = CausalLM()(model, batch)
+        count = torch.tensor(float(len(batch.targets)))
+        return LossOutput(total=output.total, weight=count, metrics=output.metrics)
+
+
 class TinyStream(Stream):
     """`count` documents a step, cut into `micro` micro-batches, shared by `world` ranks.
 
-    `poison` multiplies the weights of a step's predictions: NaN, or a factor for a spike of the
-    summed loss (its divisor stays).
+    `poison` multiplies the weights of a step's predictions: by NaN, or by a factor that makes a
+    spike of `CountedLM`.
     """
 
     def __init__(

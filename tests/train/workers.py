@@ -19,7 +19,10 @@ from treadle.objectives.causal import CausalLM
 from treadle.optim.adamw import AdamW
 from treadle.optim.clipping import AGC, NormClip, gradient_norm, scale_gradients
 from treadle.optim.optimizer import Clip
+from treadle.optim.schedules import Cosine
 from treadle.train.checkpoint import CheckpointStore
+from treadle.train.fit import Fit, fit
+from treadle.train.hooks import Hook, StepReport
 from treadle.train.parallel.ddp import DDP
 from treadle.train.parallel.fsdp import FSDP
 from treadle.train.parallel.plan import Plan, SingleProcess, World
@@ -198,3 +201,43 @@ def recompute_and_mixed(folder: Path) -> None:
         optimizer.zero_grad()
         losses.append(sums["total"] / sums["weight"])
     assert losses[-1] < 0.8 * losses[0], losses
+
+
+class Stop(Hook):
+    """Ends a run as an error would, on every rank."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, report: StepReport) -> None:
+        if report.step == self.step:
+            raise InterruptedError
+
+
+def fit_under_plans(folder: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        fit_under_plan(folder / f"{name}-a", PLANS[name], folder / f"{name}.safetensors")
+        twice = folder / f"{name}-b"
+        with pytest.raises(InterruptedError):
+            fit_under_plan(twice, PLANS[name], folder / "never", hooks=(Stop(6),))
+        fit_under_plan(twice, PLANS[name], folder / f"{name}-resumed.safetensors")
+
+
+def fit_under_plan(folder: Path, plan: Plan, out: Path, hooks: tuple[Hook, ...] = ()) -> None:
+    world = plan.setup("cpu")
+    model = tiny_model()
+    fit(
+        model,
+        TinyStream(count=7, micro=2, rank=world.rank, world=world.size),
+        CausalLM(),
+        optimizer=AdamW(lr=1e-2),
+        schedule=Cosine(),
+        config=Fit(steps=9, precision=FP32(), checkpoint_every=4),
+        plan=plan,
+        world=world,
+        folder=folder,
+        hooks=hooks,
+    )
+    weights = plan.full_state(model)
+    if world.rank == 0:
+        save_file({n: t for n, t in weights.items() if n != "head.weight"}, out)

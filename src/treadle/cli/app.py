@@ -7,15 +7,32 @@ from typing import Annotated
 import typer
 
 from treadle import __version__
-from treadle.cli import chat, generate, recipes, run, schema, show, techniques, version
+from treadle.cli import (
+    chat,
+    export,
+    generate,
+    pull,
+    recipes,
+    report,
+    run,
+    schema,
+    show,
+    techniques,
+    version,
+)
+from treadle.cli import eval as evaluate
 from treadle.cli.command import Command, guarded
 
 COMMANDS: tuple[Command, ...] = (
     run.COMMAND,
     recipes.COMMAND,
     show.COMMAND,
+    report.COMMAND,
     chat.COMMAND,
     generate.COMMAND,
+    evaluate.COMMAND,
+    export.COMMAND,
+    pull.COMMAND,
     schema.COMMAND,
     techniques.COMMAND,
     version.COMMAND,

@@ -34,9 +34,10 @@ def recipe_files() -> dict[str, Path]:
 
 
 def summary(path: Path) -> str:
-    """The first line of a recipe's docstring, without importing it."""
+    """The first line of a recipe's docstring, or of its file's, without importing it."""
     function = _recipe_function(path)
     text = ast.get_docstring(function) if function else None
+    text = text or ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     return text.split("\n")[0] if text else ""
 
 

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedSeq
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
@@ -108,7 +109,12 @@ def to_yaml(config: Config) -> str:
             return seen.setdefault(text, node) if len(text) >= WORTH_SHARING else node
         if isinstance(node, str) and _LINE_BREAKS.search(node):
             return DoubleQuotedScalarString(node)  # ruamel escapes them in this style only
-        return [share(v) for v in node] if isinstance(node, list) else node
+        if not isinstance(node, list):
+            return node
+        entries = CommentedSeq([share(v) for v in node])
+        if not any(isinstance(v, dict | list) for v in node):
+            entries.fa.set_flow_style()
+        return entries
 
     yaml, out = YAML(), StringIO()
     yaml.width = 100

@@ -8,15 +8,18 @@ no manifest was interrupted, and the step goes on in it. Anything else is moved 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from filelock import FileLock, Timeout
 from pydantic import Field, model_validator
 
 from treadle.core.config import Config, digest, dump, to_yaml
@@ -27,6 +30,8 @@ from treadle.core.meter import Meter
 from treadle.core.progress import Progress, Silent, Task
 
 MANIFEST, BEGUN, SPENT = "manifest.json", "begun.json", "spent.json"
+WAIT = 0.1
+"""Seconds between two looks at what the first process has done."""
 
 
 class Reads(Config):
@@ -42,6 +47,8 @@ class Step(Config):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     minutes: float = Field(1.0, gt=0.0)
     """About how long it takes on two cores; used only to foretell the time left."""
+    parallel: ClassVar[bool] = False
+    """Whether every process that torchrun started takes part; else one works and all wait."""
 
     @abstractmethod
     def execute(self, workspace: Workspace) -> Mapping[str, Any]:
@@ -59,7 +66,7 @@ class Summary(Step):
 class Pipeline(Config):
     """Steps in order."""
 
-    name: str
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     steps: tuple[Step, ...]
 
     @model_validator(mode="after")
@@ -119,15 +126,41 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def execute(pipeline: Pipeline, root: Path, progress: Progress | None = None) -> None:
     """Run what is not done yet, in order, in `root`.
 
+    Of the processes that torchrun starts, the first does this; the others join its parallel steps.
+
     Raises:
-        TreadleError: from a step; what earlier steps wrote stays, and running again goes on.
+        TreadleError: from a step; what earlier steps wrote stays, and running again goes on. Or
+            another process runs in `root`.
     """
-    progress = progress or Silent()
-    root.mkdir(parents=True, exist_ok=True)
-    write_text(root / "pipeline.yaml", to_yaml(pipeline))
     keys = step_keys(pipeline)
+    if int(os.environ.get("RANK", "0")) > 0:
+        _follow(pipeline, root, keys)
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    with _alone(root):
+        write_text(root / "pipeline.yaml", to_yaml(pipeline))
+        _lead(pipeline, root, keys, progress or Silent())
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    lock = FileLock(root / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise TreadleError(
+            f"{root} is in use by another process: wait for it, or choose another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _lead(pipeline: Pipeline, root: Path, keys: Mapping[str, str], progress: Progress) -> None:
     expected = sum(s.minutes for s in pipeline.steps)
     passed = 0.0
+    read = inputs(pipeline)
     with progress.task(pipeline.name, total=expected) as overall:
         for number, step in enumerate(pipeline.steps, 1):
             overall.update(passed, note=f"step {number} of {len(pipeline.steps)}: {step.name}")
@@ -138,10 +171,23 @@ def execute(pipeline: Pipeline, root: Path, progress: Progress | None = None) ->
             else:
                 _prepare(folder, key)
                 inner = _Share(progress, overall, passed, step.minutes)
-                read = {name: keys[name] for name in inputs(pipeline)[step.name]}
-                seconds = _run(step, Workspace(root, folder, pipeline, inner), key, read)
+                workspace = Workspace(root, folder, pipeline, inner)
+                seconds = _run(step, workspace, key, {n: keys[n] for n in read[step.name]})
                 progress.say(f"{step.name}: done in {_duration(seconds)}")
             passed += step.minutes
+
+
+def _follow(pipeline: Pipeline, root: Path, keys: Mapping[str, str]) -> None:
+    """Take part in parallel steps and wait for the others; torchrun ends us if the first fails."""
+    for step in pipeline.steps:
+        folder, key = root / step.name, keys[step.name]
+        if step.parallel:
+            while not finished(folder, key) and not _begun(folder, key):
+                time.sleep(WAIT)
+            if not finished(folder, key):
+                step.execute(Workspace(root, folder, pipeline))
+        while not finished(folder, key):
+            time.sleep(WAIT)
 
 
 class _Share(Progress):
@@ -200,17 +246,23 @@ def finished(folder: Path, key: str) -> bool:
     )
 
 
+def _begun(folder: Path, key: str) -> bool:
+    begun = folder / BEGUN
+    return begun.is_file() and json.loads(begun.read_text()).get("key") == key
+
+
 def _prepare(folder: Path, key: str) -> None:
     """Keep the folder if it was begun with this key, else move it aside and begin."""
-    begun = folder / BEGUN
-    if begun.is_file() and json.loads(begun.read_text()).get("key") == key:
+    if _begun(folder, key):
         (folder / MANIFEST).unlink(missing_ok=True)
         return
     if folder.exists():
         aside = folder.with_name(f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+        while aside.exists():
+            aside = aside.with_name(f"{aside.name}x")
         folder.rename(aside)
     folder.mkdir(parents=True)
-    write_json(begun, {"key": key})
+    write_json(folder / BEGUN, {"key": key})
 
 
 def _run(step: Step, workspace: Workspace, key: str, read: Mapping[str, str]) -> float:

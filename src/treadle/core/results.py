@@ -128,7 +128,7 @@ def _proportion(right: float, n: int) -> Figure:
 
 def write_samples(folder: Path, rows: Iterable[Sample]) -> None:
     """Write `SAMPLES` into a step's folder."""
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    lines = (json.dumps(row) + "\n" for row in rows)  # in ASCII: a model may write half a pair
     write_text(folder / SAMPLES, "".join(lines))
 
 

@@ -281,21 +281,36 @@ def convert(
     Raises:
         FileFormatError: with the name, the index of the row (from 0) and its key.
     """
+    meaning, rows = settle(rows, format, name=name)
+    for index, row in enumerate(rows):
+        yield read_as(meaning, row, index, name=name)
+
+
+def settle(
+    rows: Iterable[Row], format: Format | None, *, name: str
+) -> tuple[Format, Iterator[Row]]:
+    """The format, found by the first row where none is given, and all the rows.
+
+    Raises:
+        FileFormatError: there are no rows, or none of the formats fits.
+    """
     iterator = iter(rows)
     first = next(iterator, None)
     if first is None:
         raise FileFormatError(f"{name}: there are no rows")
     try:
-        chosen = format or detect(first)
+        return format or detect(first), chain([first], iterator)
     except FileFormatError as error:
         raise FileFormatError(f"{name}: row 0: {error}") from None
-    for index, row in enumerate(chain([first], iterator)):
-        try:
-            record = chosen(row)
-        except FileFormatError as error:
-            kind = type(chosen).__name__
-            raise FileFormatError(f"{name}: row {index}: {error} ({kind})") from None
-        yield record
+
+
+def read_as(format: Format, row: Row, index: int, *, name: str) -> Record:
+    """One row; a wrong one is named by index and key."""
+    try:
+        return format(row)
+    except FileFormatError as error:
+        kind = type(format).__name__
+        raise FileFormatError(f"{name}: row {index}: {error} ({kind})") from None
 
 
 def _parted(chosen: Messages, rejected: Messages, key: str) -> Preference:

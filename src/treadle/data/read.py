@@ -190,7 +190,7 @@ def _table(path: Path, delimiter: str) -> Iterator[Row]:
                     )
                 yield row
         except csv.Error as error:
-            raise FileFormatError(f"{path}:{reader.line_num}: {error}") from None
+            raise FileFormatError(f"{path}:{reader.reader.line_num}: {error}") from None
 
 
 def _parquet(path: Path) -> Iterator[Row]:
@@ -213,7 +213,7 @@ def _texts(path: Path, separator: str) -> Iterator[Row]:
             documents = (held + piece).split(separator) if separator else [held + piece]
             held = documents.pop()
             yield from ({"text": d} for d in documents if d.strip())
-            if len(held) > LONGEST:
+            while len(held) > LONGEST:
                 cut = held.rfind("\n", 0, LONGEST) + 1 or LONGEST
                 yield {"text": held[:cut]}
                 held = held[cut:]

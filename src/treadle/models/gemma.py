@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from treadle.core.cards import Card
+from treadle.kernels.gated import Activation
 from treadle.models.decoder import Decoder
 from treadle.models.family import Family, HuggingFace, uniform_attention
 from treadle.models.gemma_gguf import (
@@ -28,7 +29,7 @@ from treadle.models.llama_layout import attention_from_hf, fields_to_hf
 from treadle.models.llama_layout import hf_rules as llama_rules
 from treadle.models.weights import Rule, expand, rule
 from treadle.nn.block import Block
-from treadle.nn.ffn.ffn import Activation, GatedMLP
+from treadle.nn.ffn.ffn import GatedMLP
 from treadle.nn.mixers.attention import Attention
 from treadle.nn.norms import Placement, PreNorm, RMSNorm, SandwichNorm
 from treadle.nn.rope import RoPE
@@ -37,7 +38,7 @@ CARD = Card(
     id="model.gemma",
     paper="Gemma team 2024, arXiv:2403.08295, arXiv:2408.00118 (2); 2025, arXiv:2503.19786 (3)",
     summary="Gemma 1, 2 and 3, text.",
-    recipe="treadle show gemma3",
+    recipe="treadle show gemma3-270m",
     oracle="tests/models/test_models_families.py::test_logits_and_gradients_match_transformers",
 )
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from treadle.core.cards import Card
 from treadle.core.config import Config
+from treadle.kernels.rms_norm import rms_norm
 
 CARD = Card(
     id="arch.norms",
@@ -69,11 +70,8 @@ class RMSNormLayer(nn.Module):
         self.weight = nn.Parameter(torch.full((dim,), 1.0 - config.offset))
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-        # Statistics in fp32 at least: squares of bf16 activations lose too much.
-        wide = torch.promote_types(x.dtype, torch.float32)
-        y = x.to(wide)
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.config.eps)
-        return (y * (self.weight.to(wide) + self.config.offset)).to(x.dtype)
+        gain = self.weight + self.config.offset if self.config.offset else self.weight
+        return rms_norm(x, gain, self.config.eps)
 
 
 class LayerNormLayer(nn.Module):

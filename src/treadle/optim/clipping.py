@@ -27,7 +27,7 @@ CARD = Card(
     paper="Pascanu et al. 2013; Brock et al. 2021, AGC, arXiv:2102.06171; "
     "Kumar et al. 2025, ZClip, arXiv:2504.02507",
     summary="Bounds gradients by norm, by value, by the weights they change, or by their history.",
-    recipe="treadle run quickstart-scratch fit.clip.max_norm=0.5",
+    recipe="treadle run quickstart-scratch steps.1.fit.clip.max_norm=0.5",
     oracle="tests/optim/test_optim_clipping.py::test_norm_and_value_match_torch",
 )
 

@@ -9,6 +9,7 @@ batches and the objective, never here. Hooks observe; they cannot change the los
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -126,9 +127,9 @@ def fit(
             scale_gradients(parameters, 1.0 / sums["weight"])
             norm = clipper(parameters)
             verdict = Verdict.SKIP
-            if not sentinel.refuses(step):
-                judged = norm if finite else float("nan")
-                verdict = sentinel.verdict(step, loss, judged, lambda w=work: data_digest(w))  # type: ignore[misc]
+            overflow = not finite and math.isfinite(loss)  # of fp16's scale, which comes down
+            if not overflow and not sentinel.refuses(step):
+                verdict = sentinel.verdict(step, loss, norm, lambda w=work: data_digest(w))  # type: ignore[misc]
             if verdict is Verdict.GO:
                 steps_taken.step()
             steps_taken.zero_grad(set_to_none=True)
@@ -146,8 +147,6 @@ def fit(
                 tokens=result.tokens + tokens,
                 skipped=result.skipped + (verdict is not Verdict.GO),
             )
-            if step % config.checkpoint_every == 0 or step == config.steps:
-                store.save(step, state)
             report = StepReport(
                 step=step,
                 steps=config.steps,
@@ -161,6 +160,10 @@ def fit(
             )
             for hook in hooks:
                 hook.on_step(report)
+            # After the hooks: a line that was written but not reached by a checkpoint is cut off
+            # on resume, one that was not written would be missing.
+            if step % config.checkpoint_every == 0 or step == config.steps:
+                store.save(step, state)
     finally:
         for hook in hooks:
             hook.on_end()

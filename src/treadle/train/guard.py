@@ -34,7 +34,7 @@ CARD = Card(
     id="opt.stability",
     paper="Chowdhery et al. 2022, PaLM, arXiv:2204.02311; Leys et al. 2013 (median deviation)",
     summary="Skips steps with NaN or a spike and records them; goes back when skipping fails.",
-    recipe="treadle run quickstart-scratch fit.guard.patience=3",
+    recipe="treadle run quickstart-scratch steps.1.fit.guard.patience=3",
     oracle="tests/train/test_train_guard.py::test_planted_nan_and_spike",
 )
 

@@ -22,15 +22,20 @@ from torch import Tensor, nn
 
 from treadle.core.cards import Card
 from treadle.core.config import Config
+from treadle.core.errors import TreadleError
 from treadle.optim.clipping import gradient_norm, scale_gradients
 
 CARD = Card(
     id="opt.precision",
     paper="Micikevicius et al. 2018, arXiv:1710.03740; Kalamkar et al. 2019, arXiv:1905.12322",
     summary="fp32, bf16, or fp16 with dynamic loss scaling; Auto races them on this machine.",
-    recipe="treadle run quickstart-scratch fit.precision.kind=BF16",
+    recipe="treadle run quickstart-scratch steps.1.fit.precision='{kind: BF16}'",
     oracle="tests/train/test_train_precision.py::test_loss_curves_agree",
 )
+
+
+SMALLEST = 2.0**-24
+"""Loss scale below which an overflow is no matter of scale: the least number of fp16."""
 
 
 class Scaler(ABC):
@@ -91,8 +96,12 @@ class DynamicScaler(Scaler):
 
     def update(self, finite: bool) -> None:
         self.good = self.good + 1 if finite else 0
+        if not finite and self.factor <= SMALLEST:
+            raise TreadleError(
+                "gradients overflow fp16 at any scale: set fit.precision to BF16 or FP32"
+            )
         if not finite:
-            self.factor = max(self.factor / 2, 2.0**-24)
+            self.factor /= 2
         elif self.good == self.config.growth:
             self.factor, self.good = self.factor * 2, 0
 

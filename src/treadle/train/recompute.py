@@ -37,7 +37,7 @@ CARD = Card(
     id="opt.checkpointing",
     paper="Chen et al. 2016, arXiv:1604.06174; Korthikanti et al. 2022, arXiv:2205.05198",
     summary="Recomputes activations in backward, all or the cheap ones, or moves them to the CPU.",
-    recipe="treadle run quickstart-scratch steps.1.transforms.0.kind=Recompute",
+    recipe="treadle run quickstart-scratch steps.1.transforms='[{kind: Recompute}]'",
     oracle="tests/train/test_train_recompute.py::test_gradients_are_equal_bit_for_bit",
 )
 

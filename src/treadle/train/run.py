@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -39,6 +39,7 @@ WEIGHTS = "trained.safetensors"
 class Run(Step):
     """Train one model with one objective."""
 
+    parallel: ClassVar[bool] = True
     name: str = "train"
     model: ModelSource
     transforms: tuple[Transform, ...] = ()

@@ -96,7 +96,7 @@ class GGUFFile:
     types: Mapping[str, str]
     """Metadata key -> type, as `uint32` or `[string]`; `write_gguf` takes it back."""
     tensors: Mapping[str, TensorInfo]
-    _bytes: UInt8[Tensor, "size"]
+    _bytes: UInt8[Tensor, " size"]
 
     @staticmethod
     def open(path: StrPath) -> GGUFFile:

@@ -6,6 +6,7 @@ the format, with brackets for arrays: `uint32`, `string`, `[float32]`.
 
 from __future__ import annotations
 
+import reprlib
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -159,8 +160,8 @@ def guess_type(value: Value) -> str:
         case tuple() if value:
             return f"[{_common({_guess_item(item) for item in value})}]"
     raise TreadleError(
-        f"cannot tell the type of {value!r}: give a bool, int, float, str or a tuple of one of "
-        "them, or name the type, such as `[string]`"
+        f"cannot tell the type of {reprlib.repr(value)}: give a bool, int, float, str or "
+        "a tuple of one of them, or name the type, such as `[string]`"
     )
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from treadle.core.errors import ConfigError, FileFormatError
+from treadle.kernels.gated import Activation
 from treadle.models.decoder import Head, LinearHead, TiedHead
-from treadle.nn.ffn.ffn import Activation
 
 ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",

@@ -93,7 +93,7 @@ def save_gguf(
     format: str = "Q8_0",
     embedding: str | None = None,
     head: str | None = None,
-    metadata: Mapping[str, Value] = MappingProxyType({}),
+    metadata: Mapping[str, Value | list[Any]] = MappingProxyType({}),
     types: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """Write one file that llama.cpp runs.
@@ -140,7 +140,7 @@ def save_gguf(
         "general.file_type": FILE_TYPES[usual],
         "general.quantization_version": 2,
         **{f"{header.architecture}.{key}": value for key, value in header.metadata.items()},
-        **metadata,
+        **{key: tuple(v) if isinstance(v, list) else v for key, v in metadata.items()},
     }
     write_gguf(path, keys, tensors(), types=types)
     return header.architecture

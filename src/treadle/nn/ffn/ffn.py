@@ -7,15 +7,13 @@ GatedMLP   y = W_down (act(W_gate x) * W_up x)          Shazeer 2020: SwiGLU, Ge
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Literal
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from treadle.core.cards import Card
 from treadle.core.config import Config
+from treadle.kernels.gated import Activation, activate, gated
 
 CARD = Card(
     id="arch.ffn",
@@ -24,19 +22,6 @@ CARD = Card(
     recipe="treadle run quickstart-scratch",
     oracle="tests/nn/test_nn_ffn.py::test_ffn_matches_transformers",
 )
-
-Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "relu2"]
-
-
-def activation(name: Activation) -> Callable[[Tensor], Tensor]:
-    table: dict[str, Callable[[Tensor], Tensor]] = {
-        "relu": F.relu,
-        "gelu": F.gelu,
-        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-        "silu": F.silu,
-        "relu2": lambda x: F.relu(x).square(),
-    }
-    return table[name]
 
 
 class FeedForward(Config):
@@ -72,21 +57,21 @@ class GatedMLP(FeedForward):
 class MLPLayer(nn.Module):
     def __init__(self, config: MLP, dim: int) -> None:
         super().__init__()
-        self.act = activation(config.activation)
+        self.activation: Activation = config.activation
         self.up = nn.Linear(dim, config.hidden, bias=config.bias)
         self.down = nn.Linear(config.hidden, dim, bias=config.bias)
 
     def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
-        return self.down(self.act(self.up(x)))  # type: ignore[no-any-return]
+        return self.down(activate(self.up(x), self.activation))  # type: ignore[no-any-return]
 
 
 class GatedMLPLayer(nn.Module):
     def __init__(self, config: GatedMLP, dim: int) -> None:
         super().__init__()
-        self.act = activation(config.activation)
+        self.activation: Activation = config.activation
         self.gate = nn.Linear(dim, config.hidden, bias=config.bias)
         self.up = nn.Linear(dim, config.hidden, bias=config.bias)
         self.down = nn.Linear(config.hidden, dim, bias=config.bias)
 
     def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
-        return self.down(self.act(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
+        return self.down(gated(self.gate(x), self.up(x), self.activation))  # type: ignore[no-any-return]

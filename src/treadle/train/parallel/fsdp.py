@@ -31,7 +31,8 @@ CARD = Card(
     paper="Li et al. 2020, arXiv:2006.15704; Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054; "
     "Zhao et al. 2023, FSDP, arXiv:2304.11277",
     summary="Data parallel: replicas (DDP), ZeRO 1 to 3, hybrid shards, weights kept on the CPU.",
-    recipe="torchrun --nproc-per-node=2 -m treadle run quickstart-scratch plan.kind=FSDP",
+    recipe="torchrun --nproc-per-node=2 -m treadle run quickstart-scratch "
+    "steps.1.plan='{kind: FSDP}'",
     oracle="tests/train/test_train_parallel.py::test_two_ranks_equal_one",
 )
 

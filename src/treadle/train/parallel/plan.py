@@ -95,7 +95,7 @@ class SingleProcess(Plan):
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise TreadleError(
                 f"torchrun started {os.environ['WORLD_SIZE']} processes, but the plan is "
-                "SingleProcess, so each would train the same; set plan.kind=DDP or plan.kind=FSDP"
+                "SingleProcess, so each would train the same; set plan to DDP or FSDP"
             )
         return World(rank=0, size=1, device=pick_device(device))
 

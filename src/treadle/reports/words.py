@@ -1,0 +1,131 @@
+"""The result in words: sentences that a reader can quote, each from figures of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from treadle.core.results import Figure
+from treadle.reports import numbers
+from treadle.reports.stages import Comparison, Stage, headline, path_of
+
+STATES = {
+    "interrupted": "was interrupted",
+    "begun": "has begun and is not done",
+    "outdated": "was done with another configuration and has to run again",
+    "not run": "has not run",
+}
+
+
+def sentences(
+    name: str,
+    stages: Sequence[Stage],
+    comparison: Comparison | None,
+    steps: Sequence[Mapping[str, Any]],
+    training: Sequence[Mapping[str, Any]],
+) -> list[str]:
+    """What came of the run, what it cost, and what is not there yet."""
+    path = path_of(stages)
+    finished = all(s["state"] == "done" for s in steps)
+    said = _accuracy(path, comparison, "The final model" if finished else "The last model so far")
+    for unit, what in (("perplexity", "Perplexity"), ("bits/byte", "Bits per byte")):
+        said += _text(stages, unit, what)
+    if not said:
+        said = _losses(training) or [f"Nothing of {name} has been measured yet."]
+    return [*said, *_cost(steps), *_missing(steps)]
+
+
+def _accuracy(path: Sequence[Stage], comparison: Comparison | None, who: str) -> list[str]:
+    measured = [(s, h) for s in path if (h := headline(s)) is not None]
+    if not measured:
+        return []
+    last, final = measured[-1]
+    said = f"{who} ({last.subject}) answers {_share(final)} of {final['n']:,} held-out "
+    said += "problems right"
+    if len(measured) == 1:
+        return [said + "."]
+    first, base = measured[0]
+    said += f"; before ({first.subject}) it was {_share(base)}."
+    if _problems(first) != _problems(last):
+        return [said, "The two were measured on different tasks and do not compare."]
+    if comparison is None:
+        return [said, _overlap(base, final)]
+    return [said, _paired(comparison)]
+
+
+def _problems(stage: Stage) -> dict[str, int]:
+    """Task families and how many problems of each."""
+    return {name: f["n"] for name, f in stage.results.items() if f["unit"] == "accuracy"}
+
+
+def _paired(c: Comparison) -> str:
+    said = (
+        f"On the same {c.n:,} problems, {c.wrong_right:,} wrong answers turned right and "
+        f"{c.right_wrong:,} right ones turned wrong: {numbers.points(c.difference)} points "
+        f"(95% interval {numbers.points(c.low)} to {numbers.points(c.high)})"
+    )
+    return said + (", which chance alone may explain." if c.low <= 0 <= c.high else ".")
+
+
+def _overlap(base: Figure, final: Figure) -> str:
+    if base["high"] is None or final["low"] is None or base["low"] is None or final["high"] is None:
+        return "No intervals were computed, so chance may explain the difference."
+    if base["high"] < final["low"]:
+        return "The intervals do not overlap."
+    if final["high"] < base["low"]:
+        return "It became worse: the intervals do not overlap."
+    return "The intervals overlap: chance alone may explain the difference."
+
+
+def _text(stages: Sequence[Stage], unit: str, what: str) -> list[str]:
+    """How well it predicts text, beside the stage it started from or a baseline."""
+    said = []
+    for name in dict.fromkeys(n for s in stages for n, f in s.results.items() if f["unit"] == unit):
+        path = [s for s in path_of(stages) if name in s.results]
+        others = [s for s in stages if s.baseline and name in s.results]
+        if not path:
+            continue
+        value = numbers.figure(path[-1].results[name])
+        compared = [f"{numbers.figure(s.results[name])} ({s.subject})" for s in others]
+        if len(path) > 1:
+            compared.append(f"{numbers.figure(path[0].results[name])} before")
+        beside = f", against {' and '.join(compared)}" if compared else ""
+        said.append(f"{what} of {name} is {value}{beside}.")
+    return said
+
+
+def _losses(training: Sequence[Mapping[str, Any]]) -> list[str]:
+    said = []
+    for part in training:
+        for curve in part["curves"]:
+            if curve["metric"] == "loss":
+                ends = curve["smoothed"] or curve["values"]
+                said.append(
+                    f"In {part['step']} the loss went from {numbers.plain(ends[0])} to "
+                    f"{numbers.plain(ends[-1])} in {curve['steps'][-1]:,} steps."
+                )
+    return said
+
+
+def _cost(steps: Sequence[Mapping[str, Any]]) -> list[str]:
+    paid = [s for s in steps if s["seconds"] is not None]
+    if not paid:
+        return []
+    seconds, joules = sum(s["seconds"] for s in paid), sum(s["joules"] for s in paid)
+    how = " and ".join(dict.fromkeys(s["energy"] for s in paid))
+    peak = max(s["peak_bytes"] for s in paid)
+    so_far = "" if all(s["state"] == "done" for s in steps) else " so far"
+    return [
+        f"The run took {numbers.duration(seconds)}{so_far}, {numbers.energy(joules)} ({how}) and "
+        f"at most {numbers.size(peak)} of memory."
+    ]
+
+
+def _missing(steps: Sequence[Mapping[str, Any]]) -> list[str]:
+    left = [f"{s['name']} {STATES[s['state']]}" for s in steps if s["state"] != "done"]
+    return [f"The run is not finished: {'; '.join(left)}."] if left else []
+
+
+def _share(measured: Figure) -> str:
+    ends = numbers.interval(measured).replace("–", " to ")
+    return numbers.figure(measured) + (f" (95% interval {ends})" if ends else "")

@@ -1,0 +1,60 @@
+"""The model of a run in another folder: to talk with it, to measure it, to train it further."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from treadle.core.config import from_yaml
+from treadle.core.errors import TreadleError
+from treadle.core.pipeline import MANIFEST, Pipeline, Workspace, read_manifest
+from treadle.models.source import ModelSource, Opened
+from treadle.train.run import Run, open_trained
+
+PIPELINE = "pipeline.yaml"
+
+
+class FromRun(ModelSource):
+    """The model that a finished training step of another run made."""
+
+    folder: str
+    """Of the run."""
+    step: str
+    key: str = ""
+    """Of the step. Where it is given, another model in the folder is an error."""
+
+    def open(self, workspace: Workspace) -> Opened:
+        root = Path(self.folder)
+        folder = root / self.step
+        if self.key and read_manifest(folder)["key"] != self.key:
+            raise TreadleError(f"{folder} holds another model than when this was written")
+        pipeline = read_pipeline(root)
+        return open_trained(folder, Workspace(root, folder, pipeline, workspace.progress))
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / PIPELINE).is_file()
+
+
+def read_pipeline(root: Path) -> Pipeline:
+    """What a run's folder was made with."""
+    file = root / PIPELINE
+    return from_yaml(file.read_text(encoding="utf-8"), expect=Pipeline, name=str(file))
+
+
+def find_trained(path: Path) -> FromRun:
+    """The model of a run's folder (its last finished training step), or of a step's folder.
+
+    Raises:
+        TreadleError: no training step has finished.
+    """
+    root = path if is_run(path) else path.parent
+    steps = [s.name for s in read_pipeline(root).steps if isinstance(s, Run)]
+    wanted = steps if root == path else [path.name]
+    for name in reversed(wanted):
+        if (root / name / MANIFEST).is_file():
+            key = read_manifest(root / name)["key"]
+            return FromRun(folder=str(root), step=name, key=key)
+    raise TreadleError(
+        f"{path}: no training step has finished (there are: {', '.join(steps) or 'none'}); "
+        "run it again to go on"
+    )
