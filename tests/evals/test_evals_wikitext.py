@@ -47,8 +47,10 @@ def test_matches_lm_eval(shared_data: Path, tmp_path: Path) -> None:
         assert score.low < score.value < score.high
 
 
-@pytest.mark.parametrize(("length", "size", "overlap"), [(1, 4, 1), (4, 4, 1), (11, 4, 1),
-                                                         (11, 4, 3), (23, 7, 7), (9, 8, 4)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("length", "size", "overlap"),
+    [(1, 4, 1), (4, 4, 1), (11, 4, 1), (11, 4, 3), (23, 7, 7), (9, 8, 4)],
+)
 def test_windows_cover_each_token_once(length: int, size: int, overlap: int) -> None:
     tokens = list(range(100, 100 + length))
     predicted: list[int] = []
