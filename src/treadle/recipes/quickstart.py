@@ -33,7 +33,9 @@ def quickstart() -> Pipeline:
         name="sft",
         model=base,
         transforms=(LoRA(rank=16),),
-        source=Supervised(conversations=WorkedSolutions(problems=training, amount=1024), per_step=16),
+        source=Supervised(
+            conversations=WorkedSolutions(problems=training, amount=1024), per_step=16
+        ),
         objective=CausalLM(),
         optimizer=AdamW(lr=2e-3),
         schedule=Cosine(),
