@@ -21,6 +21,7 @@ from treadle.optim.adamw import AdamW
 from treadle.optim.schedules import Constant, Cosine
 from treadle.peft.lora import LoRA
 from treadle.recipes.families import QUICKSTART
+from treadle.reports.report import Report
 from treadle.train.export import Export, Exported
 from treadle.train.fit import Fit
 from treadle.train.run import Run, Trained
@@ -68,6 +69,7 @@ def quickstart() -> Pipeline:
             measured("grpo", Trained(step="grpo")),
             export,
             measured("quantised", Exported(step="export")),
+            Report(),
         ),
     )
 
