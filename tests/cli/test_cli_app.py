@@ -146,6 +146,19 @@ def test_run_does_each_step_once(recipe: str) -> None:
     assert Path("runs/weave/weft/text.txt").read_text() == "silk"
 
 
+def test_report_of_a_run(recipe: str) -> None:
+    assert treadle("run", recipe, "steps.warp.text=spun silk").exit_code == 0
+    shown = treadle("report", "runs/weave")
+    assert shown.exit_code == 0, shown.output
+    page = Path(shown.stdout.strip())
+    assert page == Path("runs/weave/report.html")
+    assert "weft" in page.read_text()
+    assert treadle("run", recipe, "steps.warp.text=spun silk").stderr.count("skipped") == 2
+    wrong = treadle("report", "runs/waeve")
+    assert wrong.exit_code == 2
+    assert "error: " in wrong.stderr
+
+
 def test_run_in_a_folder_of_ones_own(recipe: str) -> None:
     assert treadle("run", recipe, "--dir", "here").exit_code == 0
     assert Path("here/warp/text.txt").is_file()

@@ -75,3 +75,14 @@ def test_a_window_keeps_a_ring() -> None:
     assert cache.keys[1].shape[2] >= 45
     held = cache.held(0, torch.tensor([45]), 45)
     assert sorted(held[0].tolist()) == list(range(39, 45))
+
+
+def test_precision_may_change_between_generations() -> None:
+    """An engine lives on while its model is cast, as in a run that turns to bf16."""
+    model = tiny_model()
+    engine = Engine(model, byte_tokenizer())
+    request = Request((1, 2, 3), Sampling(temperature=0.0, max_tokens=6))
+    engine.generate([request])
+    model.to(torch.bfloat16)
+    low = Engine(model, byte_tokenizer()).generate([request])
+    assert engine.generate([request]) == low

@@ -7,12 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from models.hf_zoo import ZOO, save
+from models.hf_zoo import ZOO, build, save
 from torch.testing import assert_close
 
-from treadle.models.families import FAMILIES
+from treadle.models.decoder import Decoder
+from treadle.models.families import FAMILIES, family_of_hf
+from treadle.models.gemma import gemma3_270m
+from treadle.models.gpt1 import gpt1_117m
+from treadle.models.gpt2 import gpt2_medium, gpt2_small, gpt3_small
 from treadle.models.hub.fill import applicable
 from treadle.models.hub.load import load_model
+from treadle.models.llama import smollm2_135m, smollm2_360m
+from treadle.models.mistral import mistral_7b
+from treadle.models.qwen import qwen2_5_0_5b, qwen3_0_6b
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -41,3 +48,41 @@ def test_logits_and_gradients_match_transformers(name: str, tmp_path: Path) -> N
             )
     assert not ours
     assert not gradients
+
+
+@pytest.mark.parametrize("name", ["llama-llama3-rope", "qwen2-window", "gemma2", "gemma3"])
+def test_configs_of_transformers_4_are_read(name: str) -> None:
+    """Without layer types, with rope as theta and scaling."""
+    config = build(name).config.to_dict()
+    family = family_of_hf(config).huggingface
+    old = {k: v for k, v in config.items() if k not in ("layer_types", "rope_parameters")}
+    rope = config["rope_parameters"]
+    if name == "gemma3":
+        old["rope_theta"] = rope["full_attention"]["rope_theta"]
+        old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+    else:
+        old["rope_theta"] = rope["rope_theta"]
+        scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
+        old["rope_scaling"] = scaling if scaling["rope_type"] != "default" else None
+    assert family.read(old) == family.read(config)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "parameters"),
+    [
+        (smollm2_135m(), 134_515_008),
+        (smollm2_360m(), 361_821_120),
+        (mistral_7b(), 7_241_732_096),
+        (qwen2_5_0_5b(), 494_032_768),
+        (qwen3_0_6b(), 596_049_920),
+        (gemma3_270m(), 268_098_176),
+        (gpt1_117m(), 116_534_784),
+        (gpt2_small(), 124_439_808),
+        (gpt2_medium(), 354_823_168),
+        (gpt3_small(), 125_226_240),
+    ],
+)
+def test_presets_have_the_published_size(decoder: Decoder, parameters: int) -> None:
+    with torch.device("meta"):
+        model = decoder.build()
+    assert sum(p.numel() for p in model.parameters()) == parameters

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from treadle.core.errors import TreadleError
@@ -135,6 +137,26 @@ def test_marked_turns_match_transformers(trained: Tokenizer, tmp_path: Path) -> 
     assert ours.ids == theirs["input_ids"]
     assert ours.mask == [bool(m) for m in theirs["assistant_masks"]]
     assert learned(tokenizer) == ["Hi there! 🙂<|im_end|>", "No.<|im_end|>"]
+
+
+@pytest.mark.parametrize("trim", [False, True])
+@pytest.mark.parametrize("reply", ["🙂", "🙂 x🙂", " \t ", " é", "x "])
+def test_marks_at_the_edge_of_split_characters(trained: Tokenizer, reply: str, trim: bool) -> None:
+    """Several tokens may share one character; none of a neighbour's is taken for the turn's."""
+    bare = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    tokenizer = Tokenizer(Backend.from_str(trained.backend.to_str()), chat_template=bare)
+    tokenizer.backend.post_processor = processors.ByteLevel(trim_offsets=trim)  # as GPT-2 has it
+    messages = [
+        {"role": "user", "content": "🙂"},
+        {"role": "assistant", "content": reply},
+        {"role": "user", "content": "🧵"},
+    ]
+    chat = encode_chat(tokenizer, messages)
+    learned = [i for i, inside in zip(chat.ids, chat.mask, strict=True) if inside]
+    assert tokenizer.decode(learned) == reply
 
 
 def test_turns_are_found_without_marks(trained: Tokenizer) -> None:

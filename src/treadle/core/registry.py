@@ -93,4 +93,5 @@ def kinds_of(base: type[Any]) -> list[str]:
         return any(b == base.__name__ or below(b, (*seen, name)) for b in table.get(name, ()))
 
     loaded = {c.__name__ for c in subclasses(base) if not c.__subclasses__()}
-    return sorted({n for n in table if n not in shapes and below(n)} | loaded)
+    public = {n for n in table if n not in shapes and not n.startswith("_")}
+    return sorted({n for n in public if below(n)} | loaded)

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from treadle.core.config import Config
-from treadle.evals.statistics import Score
-from treadle.evals.task import Done, Item, Record, Subject, Task, mean_scores
+from treadle.core.results import Figure
+from treadle.evals.task import Benchmark, Done, Item, Record, Subject, shares
 from treadle.inference.engine import Engine
 from treadle.inference.request import Request
 from treadle.inference.sampling import Sampling
@@ -27,14 +27,14 @@ class Prompting(Config):
         """Ids of the prompt."""
 
 
-class Plain(Prompting):
+class PlainPrompt(Prompting):
     """The text as it is, for base models."""
 
     def __call__(self, tokenizer: Tokenizer, text: str) -> list[int]:
         return tokenizer.encode(text, add_special=True)
 
 
-class Chat(Prompting):
+class ChatPrompt(Prompting):
     """The text as what the user says, by the tokenizer's chat template."""
 
     def __call__(self, tokenizer: Tokenizer, text: str) -> list[int]:
@@ -67,10 +67,10 @@ class OpenItem(Item):
     target: str
 
 
-class Generative(Task):
+class Generative(Benchmark):
     """A shape: a benchmark that the model answers in its own words."""
 
-    prompting: Prompting = Plain()
+    prompting: Prompting = PlainPrompt()
     sampling: Sampling = Sampling(temperature=0.0)
 
     @abstractmethod
@@ -92,8 +92,8 @@ class Generative(Task):
                 }
                 done(item, Record(output, dict(self.marks(item, answer.text))))
 
-    def summarise(self, records: Sequence[Record]) -> dict[str, Score]:
-        return mean_scores(records)
+    def summarise(self, records: Sequence[Record]) -> dict[str, Figure]:
+        return shares(records)
 
     def _request(self, tokenizer: Tokenizer, item: OpenItem) -> Request:
         seeded = self.sampling.replace(seed=self.sampling.seed + item.index)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from treadle.core.cards import Card
 from treadle.evals.generative import Extraction, Generative, OpenItem
-from treadle.evals.rows import Row, Rows, wrong_row
+from treadle.evals.rows import Examples, Row, wrong_row
 from treadle.evals.shots import Shots, before
 from treadle.inference.sampling import Sampling
 
@@ -30,7 +30,7 @@ class GSM8K(Generative):
     """Rows with `question` and `answer`; five shots of the training split are usual."""
 
     name: str = "gsm8k"
-    rows: Rows
+    rows: Examples
     shots: Shots | None = None
     sampling: Sampling = Sampling(
         temperature=0.0, max_tokens=256, stop=("Question:", "</s>", "<|im_end|>")

@@ -1,6 +1,6 @@
 """The harness: a model, some tasks, scores with their uncertainty.
 
-    evaluate(model, tokenizer, [ARC(name="arc", rows=JsonLines(path="arc.jsonl"))])
+    evaluate(model, tokenizer, [ARC(name="arc", rows=Examples(path="arc.jsonl"))])
 
 Every answer is kept with its question; what was answered before by the same model is not asked
 again.
@@ -18,9 +18,9 @@ from treadle.core.cards import Card
 from treadle.core.errors import TreadleError
 from treadle.core.files import StrPath, write_json
 from treadle.core.progress import Progress, Silent
-from treadle.evals.statistics import Score
+from treadle.core.results import Figure
 from treadle.evals.store import Store, fingerprint, item_key
-from treadle.evals.task import Item, Record, Subject, Task
+from treadle.evals.task import Benchmark, Item, Record, Subject
 from treadle.inference.engine import EngineConfig
 from treadle.models.decoder import DecoderModel
 from treadle.tokenizers.tokenizer import Tokenizer
@@ -38,8 +38,8 @@ CARD = Card(
 class TaskResult:
     """Scores by metric, over all items and within each group."""
 
-    scores: Mapping[str, Score]
-    groups: Mapping[str, Mapping[str, Score]] = field(default_factory=dict)
+    scores: Mapping[str, Figure]
+    groups: Mapping[str, Mapping[str, Figure]] = field(default_factory=dict)
     answered: int = 0
     """Items answered now; the others were on record."""
 
@@ -63,7 +63,7 @@ class Results:
 def evaluate(
     model: DecoderModel,
     tokenizer: Tokenizer,
-    tasks: Sequence[Task],
+    tasks: Sequence[Benchmark],
     *,
     records: StrPath | None = None,
     tokens: int = 4096,
@@ -96,7 +96,7 @@ def evaluate(
 
 
 def _evaluate(
-    subject: Subject, task: Task, mark: str, folder: Path | None, progress: Progress
+    subject: Subject, task: Benchmark, mark: str, folder: Path | None, progress: Progress
 ) -> TaskResult:
     items = task.items()
     if not items:

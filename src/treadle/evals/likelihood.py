@@ -46,7 +46,7 @@ def prefix_token(tokenizer: Tokenizer) -> int:
 
 
 def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Scored]:
-    """Context and continuation as one text, split where the context's own tokens end.
+    """Context and continuation as one text; tokens that are not the context's own are scored.
 
     Spaces at the end of the context go over to the continuation, to which they are joined in
     most vocabularies.
@@ -54,15 +54,17 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list
     moved = [_move_spaces(context, continuation) for context, continuation in pairs]
     contexts = list(dict.fromkeys(context for context, _ in moved if context))
     encoded = tokenizer.encode_batch(contexts, add_special=True)
-    lengths = {context: len(ids) for context, ids in zip(contexts, encoded, strict=True)}
-    wholes = tokenizer.encode_batch([c + t for c, t in moved if c], add_special=True)
-    bare = tokenizer.encode_batch([t for c, t in moved if not c])
-    first = prefix_token(tokenizer) if bare else -1
-    rest, alone = iter(wholes), iter(bare)
-    return [
-        Scored(tuple(next(rest)), lengths[context]) if context else Scored((first, *next(alone)), 1)
-        for context, _ in moved
-    ]
+    own = dict(zip(contexts, encoded, strict=True))
+    wholes = iter(tokenizer.encode_batch([c + t for c, t in moved if c], add_special=True))
+    alone = iter(tokenizer.encode_batch([t for c, t in moved if not c]))
+    scored = []
+    for context, _ in moved:
+        if context:
+            tokens = tuple(next(wholes))
+            scored.append(Scored(tokens, max(1, _shared(tokens, own[context]))))
+        else:
+            scored.append(Scored((prefix_token(tokenizer), *next(alone)), 1))
+    return scored
 
 
 def _move_spaces(context: str, continuation: str) -> tuple[str, str]:

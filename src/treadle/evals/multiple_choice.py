@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from treadle.core.errors import TreadleError
+from treadle.core.results import Figure
 from treadle.evals.likelihood import encode_pairs, log_likelihoods, packs
-from treadle.evals.rows import Row, Rows
+from treadle.evals.rows import Examples, Row
 from treadle.evals.shots import Shots, before
-from treadle.evals.statistics import Score
-from treadle.evals.task import Done, Item, Record, Subject, Task, mean_scores
+from treadle.evals.task import Benchmark, Done, Item, Record, Subject, shares
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ class ChoiceItem(Item):
     gold: int
 
 
-class MultipleChoice(Task):
+class MultipleChoice(Benchmark):
     """A shape: a benchmark whose rows have choices."""
 
-    rows: Rows
+    rows: Examples
     shots: Shots | None = None
 
     @abstractmethod
@@ -105,8 +105,8 @@ class MultipleChoice(Task):
             for g in pack:
                 done(asked[g], judge(asked[g], [next(found) for _ in groups[g]]))
 
-    def summarise(self, records: Sequence[Record]) -> dict[str, Score]:
-        return mean_scores(records)
+    def summarise(self, records: Sequence[Record]) -> dict[str, Figure]:
+        return shares(records)
 
 
 def judge(item: ChoiceItem, log_likelihoods: Sequence[float]) -> Record:

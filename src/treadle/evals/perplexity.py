@@ -8,20 +8,20 @@ with at least `overlap` tokens before it in its window (the first of a document 
 
 from __future__ import annotations
 
-import math
 import re
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from pydantic import Field
 
 from treadle.core.errors import TreadleError
+from treadle.core.results import Figure
 from treadle.evals.likelihood import Scored, log_likelihoods, packs, prefix_token
-from treadle.evals.rows import Row, Rows
-from treadle.evals.statistics import Score, ratio
-from treadle.evals.task import Done, Item, Record, Subject, Task
+from treadle.evals.rows import Examples, Row
+from treadle.evals.statistics import bits, ratio
+from treadle.evals.task import Benchmark, Done, Item, Record, Subject
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,21 @@ class Document:
     group: str = ""
 
 
-class Perplexity(Task):
+class Perplexity(Benchmark):
     """A shape: documents to foretell."""
 
-    rows: Rows
+    rows: Examples
     window: int | None = Field(None, ge=2)
     """Tokens that the model sees at once; None: its whole context."""
     overlap: int = Field(1, ge=1)
     """Tokens of a window that repeat the one before, as context of the first predicted."""
 
     @abstractmethod
-    def documents(self, row: Row) -> Sequence[Document]:
-        """What a row holds."""
+    def documents(self, rows: Iterable[Row]) -> Sequence[Document]:
+        """What the rows hold."""
 
     def items(self) -> Sequence[DocumentItem]:
-        documents = [d for row in self.rows.open() for d in self.documents(row)]
+        documents = self.documents(self.rows.open())
         return [
             DocumentItem(index, d.group, d.text, count_words(d.counted), len(d.counted.encode()))
             for index, d in enumerate(documents[: self.limit])
@@ -91,14 +91,14 @@ class Perplexity(Task):
                 if left[d] == 0:
                     done(asked[d], _record(asked[d], sums[d], len(documents[d])))
 
-    def summarise(self, records: Sequence[Record]) -> dict[str, Score]:
+    def summarise(self, records: Sequence[Record]) -> dict[str, Figure]:
         surprise = [-r.metrics["log_likelihood"] for r in records]
         by = {unit: [r.metrics[unit] for r in records] for unit in ("words", "bytes", "tokens")}
         return {
-            "word_perplexity": ratio(surprise, by["words"], np.exp),
-            "byte_perplexity": ratio(surprise, by["bytes"], np.exp),
-            "bits_per_byte": ratio(surprise, by["bytes"], lambda x: x / math.log(2)),
-            "token_perplexity": ratio(surprise, by["tokens"], np.exp),
+            "word_perplexity": ratio(surprise, by["words"], np.exp, "perplexity"),
+            "byte_perplexity": ratio(surprise, by["bytes"], np.exp, "perplexity"),
+            "bits_per_byte": ratio(surprise, by["bytes"], bits, "bits/byte"),
+            "token_perplexity": ratio(surprise, by["tokens"], np.exp, "perplexity"),
         }
 
 

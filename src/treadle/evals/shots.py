@@ -10,7 +10,7 @@ from pydantic import Field
 
 from treadle.core.config import Config
 from treadle.core.errors import TreadleError
-from treadle.evals.rows import Rows
+from treadle.evals.rows import Examples
 
 SEPARATOR = "\n\n"
 
@@ -18,7 +18,7 @@ SEPARATOR = "\n\n"
 class Shots(Config):
     """A shape: chooses examples for a question."""
 
-    rows: Rows
+    rows: Examples
     """Where the examples come from: a split that is not the tested one."""
     count: int = Field(5, ge=1)
 

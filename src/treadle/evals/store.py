@@ -17,7 +17,7 @@ import torch
 
 from treadle.core.config import digest, dump
 from treadle.core.files import write_text
-from treadle.evals.task import Item, Record, Subject, Task
+from treadle.evals.task import Benchmark, Item, Record, Subject
 
 
 def fingerprint(subject: Subject) -> str:
@@ -36,7 +36,7 @@ def fingerprint(subject: Subject) -> str:
     return hasher.hexdigest()[:16]
 
 
-def item_key(model: str, task: Task, item: Item) -> str:
+def item_key(model: str, task: Benchmark, item: Item) -> str:
     """Independent of the task's limit, so that a longer run goes on from a shorter one."""
     parts = (model, digest(task.replace(limit=None)), asdict(item))
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

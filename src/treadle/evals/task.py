@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import Field
 
 from treadle.core.config import Config
-from treadle.evals.statistics import Score, score
+from treadle.core.results import Figure, accuracy
 from treadle.inference.engine import EngineConfig
 from treadle.models.decoder import DecoderModel
 from treadle.tokenizers.tokenizer import Tokenizer
@@ -55,7 +55,7 @@ class Record:
 Done = Callable[[Item, Record], None]
 
 
-class Task(Config):
+class Benchmark(Config):
     """A shape: a benchmark."""
 
     name: str = Field(min_length=1)
@@ -72,10 +72,10 @@ class Task(Config):
         """Answer the items in any order, and report each as soon as it is done."""
 
     @abstractmethod
-    def summarise(self, records: Sequence[Record]) -> dict[str, Score]:
-        """Scores by metric."""
+    def summarise(self, records: Sequence[Record]) -> dict[str, Figure]:
+        """Figures by metric."""
 
 
-def mean_scores(records: Sequence[Record]) -> dict[str, Score]:
-    """The mean of each metric."""
-    return {name: score([r.metrics[name] for r in records]) for name in records[0].metrics}
+def shares(records: Sequence[Record]) -> dict[str, Figure]:
+    """The mean of each metric, which is 0 or 1 for each record."""
+    return {name: accuracy([r.metrics[name] for r in records]) for name in records[0].metrics}

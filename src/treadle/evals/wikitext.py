@@ -7,7 +7,7 @@ back into plain English, the words and bytes that are counted are those of the s
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from treadle.evals.perplexity import Document, Perplexity
 from treadle.evals.rows import Row, wrong_row
@@ -35,15 +35,23 @@ _SPACES = (
 
 
 class WikiText(Perplexity):
-    """Rows `{"page": article}`, or one with the whole file, which is cut into articles."""
+    """Rows `{"page": article}`, or `{"text": ...}`: running text, which is cut into articles."""
 
     name: str = "wikitext"
 
-    def documents(self, row: Row) -> Sequence[Document]:
-        page = row.get("page")
-        if not isinstance(page, str):
-            raise wrong_row(self.name, row)
-        return [Document(plain(article), article) for article in articles(page)]
+    def documents(self, rows: Iterable[Row]) -> Sequence[Document]:
+        pages: list[str] = []
+        running: list[str] = []
+        for row in rows:
+            match row:
+                case {"page": str(page)}:
+                    pages.append(page)
+                case {"text": str(text)}:
+                    running.append(text)
+                case _:
+                    raise wrong_row(self.name, row)
+        pages += articles("".join(running)) if running else []
+        return [Document(plain(page), page) for page in pages]
 
 
 def articles(text: str) -> list[str]:

@@ -37,28 +37,31 @@ class KVCache:
         self.layers = {m.layer: m for m in model.modules() if isinstance(m, AttentionLayer)}
         self.slots, self.capacity = slots, 0
         self.lengths: list[int] = [0] * slots
-        weight = model.embedding.weight
-        self.dtype, self.device = weight.dtype, weight.device
+        self.device = model.embedding.weight.device
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
 
     def reserve(self, capacity: int) -> None:
-        """Make room for sequences of up to `capacity` tokens."""
-        if capacity <= self.capacity:
-            return
-        self.capacity = max(capacity, min(2 * self.capacity, capacity + 1024))
-        for index, layer in self.layers.items():
-            window = layer.rule.window
-            size = min(self.capacity, window) if window else self.capacity
-            shape = (self.slots, layer.kv_heads, size, layer.head_dim)
-            for store in (self.keys, self.values):
-                old = store.get(index)
-                if old is not None and old.shape[2] == size:
-                    continue
-                store[index] = torch.zeros(shape, dtype=self.dtype, device=self.device)
-                if old is not None:
-                    # A ring grows only while it has not wrapped, so places stay valid.
-                    store[index][:, :, : old.shape[2]] = old
+        """Make room for sequences of up to `capacity` tokens, at the next write."""
+        if capacity > self.capacity:
+            self.capacity = max(capacity, min(2 * self.capacity, capacity + 1024))
+
+    def ring(self, layer: int) -> int:
+        """How many positions a slot of this layer holds."""
+        window = self.layers[layer].rule.window
+        return min(self.capacity, window) if window else self.capacity
+
+    def _fit(self, store: dict[int, Tensor], layer: int, like: Tensor) -> Tensor:
+        """The layer's tensor with room for `ring` positions, in the dtype that is written."""
+        old, size = store.get(layer), self.ring(layer)
+        if old is not None and old.shape[2] == size and old.dtype == like.dtype:
+            return old
+        shape = (self.slots, like.shape[1], size, like.shape[2])
+        store[layer] = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        if old is not None:
+            # A ring grows only while it has not wrapped, so places stay valid.
+            store[layer][:, :, : old.shape[2]] = old
+        return store[layer]
 
     def copy(self, source: int, targets: list[int]) -> None:
         """Give `targets` the contents of slot `source`."""
@@ -79,14 +82,13 @@ class KVCache:
         positions: Int[Tensor, " N"],
     ) -> None:
         """Store keys and values of tokens; of those that share a place the last must be kept."""
-        ring = self.keys[layer].shape[2]
-        places = positions % ring
-        self.keys[layer][slots, :, places] = k
-        self.values[layer][slots, :, places] = v
+        places = positions % self.ring(layer)
+        self._fit(self.keys, layer, k)[slots, :, places] = k
+        self._fit(self.values, layer, v)[slots, :, places] = v
 
     def held(self, layer: int, lengths: Int[Tensor, " B"], width: int) -> Int[Tensor, "B L"]:
         """Position that each of the first `width` places of a slot holds, or -1."""
-        ring = self.keys[layer].shape[2]
+        ring = self.ring(layer)
         place = torch.arange(min(width, ring), device=self.device)
         last = lengths[:, None] - 1
         position = last - (last - place) % ring
@@ -118,7 +120,7 @@ class Prefill(Context):
         v: Float[Tensor, "N G E"],
         rule: AttentionRule,
     ) -> Float[Tensor, "N H E"]:
-        ring = self.cache.keys[layer].shape[2]
+        ring = self.cache.ring(layer)
         keep = self.once(("keep", ring), lambda: self._last(ring))
         if keep is None:
             self.cache.write(layer, k, v, self.token_slots, self.positions)
@@ -162,9 +164,7 @@ class Decode(Context):
     ) -> Float[Tensor, "N H E"]:
         self.cache.write(layer, k, v, self.slots, self.positions)
         rows = len(self.slots)
-        mask = self.once(
-            (rule, self.cache.keys[layer].shape[2]), lambda: self._mask(layer, rule, q.dtype)
-        )
+        mask = self.once((rule, self.cache.ring(layer)), lambda: self._mask(layer, rule, q.dtype))
         width = mask.shape[-1]
         keys = self.cache.keys[layer][:rows, :, :width].to(q.dtype)
         values = self.cache.values[layer][:rows, :, :width].to(q.dtype)

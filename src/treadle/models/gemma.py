@@ -38,7 +38,7 @@ CARD = Card(
     id="model.gemma",
     paper="Gemma team 2024, arXiv:2403.08295, arXiv:2408.00118 (2); 2025, arXiv:2503.19786 (3)",
     summary="Gemma 1, 2 and 3, text.",
-    recipe="treadle show gemma3",
+    recipe="treadle show gemma3-270m",
     oracle="tests/models/test_models_families.py::test_logits_and_gradients_match_transformers",
 )
 

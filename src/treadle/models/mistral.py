@@ -20,7 +20,7 @@ CARD = Card(
     id="model.mistral",
     paper="Jiang et al. 2023, Mistral 7B, arXiv:2310.06825",
     summary="Mistral: Llama's layout with sliding-window attention.",
-    recipe="treadle show mistral",
+    recipe="treadle show mistral-7b",
     oracle="tests/models/test_models_families.py::test_logits_and_gradients_match_transformers",
 )
 

@@ -31,7 +31,7 @@ CARD = Card(
     id="model.qwen",
     paper="Qwen team 2024, arXiv:2412.15115 (2.5); Yang et al. 2025, arXiv:2505.09388 (3)",
     summary="Qwen 1.5 to 3, dense.",
-    recipe="treadle show qwen3",
+    recipe="treadle show qwen3-0-6b",
     oracle="tests/models/test_models_families.py::test_logits_and_gradients_match_transformers",
 )
 

@@ -30,6 +30,8 @@ class Adapter(Transform):
     """Patterns of module names, as `match_modules` reads them."""
     peft_type: ClassVar[str]
     """Its name in PEFT's adapter_config.json."""
+    module_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields of that file that choose modules, besides its targets."""
 
     def __call__(self, model: M) -> M:
         """The model with each target wrapped.
@@ -79,6 +81,9 @@ class AdapterLayer(nn.Module, ABC):
 
     `base` gives a fresh tensor at each call; an adapter may write into it.
     """
+
+    peft_fields: tuple[str, ...] = ()
+    """Those of the adapter's `module_fields` that choose this layer."""
 
     def __init__(self, base: nn.Module, config: Adapter) -> None:
         super().__init__()

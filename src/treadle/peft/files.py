@@ -76,6 +76,9 @@ def save_adapter(model: DecoderModel, folder: StrPath, *, base: str = "") -> Non
         "inference_mode": True,
         **fields,
     }
+    for field in config.module_fields:
+        chosen = [theirs[name] for name, layer in layers.items() if field in layer.peft_fields]
+        settings[field] = patterns(chosen, names.ours_by_theirs)
     probe = {"module": theirs[first], "values": _probe(layer).tolist()}
     header = {"format": "pt", PROBE_KEY: json.dumps(probe)}
     with atomic_directory(folder, needed=sum(t.nbytes for t in tensors.values())) as temporary:
@@ -98,6 +101,11 @@ def load_adapter(model: DecoderModel, folder: StrPath) -> DecoderModel:
     names = names_of(model)
     parts = _sort(tensors, names, folder, str(fields.get("base_model_name_or_path")))
     _check_targets(fields, [names.theirs(name) for name in parts], names, folder)
+    for field in kind.module_fields:
+        theirs = select(fields.get(field) or [], names.ours_by_theirs)
+        fields[field] = patterns(
+            [names.ours_by_theirs[name] for name in theirs], names.theirs_by_ours
+        )
     config = kind.from_peft(fields, tuple(patterns(parts, names.theirs_by_ours)))
     config(model)
     try:

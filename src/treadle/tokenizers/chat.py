@@ -19,7 +19,7 @@ import numpy as np
 from treadle.core.config import Config
 from treadle.core.errors import TreadleError
 from treadle.tokenizers.template import CHATML, LLAMA3, Message
-from treadle.tokenizers.tokenizer import Tokenizer
+from treadle.tokenizers.tokenizer import Encoded, Tokenizer
 
 Span = tuple[int, int]
 
@@ -89,8 +89,8 @@ def encode_chat(
         spans = [rendered.spans[i] for i in turns(range(len(rendered.spans)))]
     else:
         text, spans = _found_turns(tokenizer, messages, tools, turns, variables)
-    encoded = tokenizer.encode_ends(text)
-    return ChatTokens(encoded.ids, _inside(encoded.ends, spans))
+    encoded = tokenizer.encode_spans(text)
+    return ChatTokens(encoded.ids, _inside(encoded, spans))
 
 
 def default_template(tokenizer: Tokenizer) -> str:
@@ -173,12 +173,11 @@ def _end_of_turn(tokenizer: Tokenizer, text: str, start: int, end: int) -> int:
     return max(found, default=end)
 
 
-def _inside(ends: Sequence[int], spans: Sequence[Span]) -> list[bool]:
+def _inside(encoded: Encoded, spans: Sequence[Span]) -> list[bool]:
     """Which tokens share a character with a span."""
-    last = np.asarray(ends, dtype=np.int64)
-    first = np.concatenate([[0], last])[:-1]
-    last = np.maximum(last, first + 1)  # a token that ends inside a character still has some
-    mask = np.zeros(len(ends), dtype=bool)
+    first = np.asarray(encoded.starts, dtype=np.int64)
+    last = np.asarray(encoded.ends, dtype=np.int64)
+    mask = np.zeros(len(first), dtype=bool)
     for start, end in spans:
         mask |= (first < end) & (last > start)
     return [bool(inside) for inside in mask]

@@ -49,11 +49,14 @@ class SpecialTokens:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokens and where they end in the text."""
+    """Tokens and the characters of the text that each covers, together all of them.
+
+    Tokens that share the bytes of one character each cover that character.
+    """
 
     ids: list[int]
+    starts: list[int]
     ends: list[int]
-    """Token i covers the characters from ends[i - 1] to ends[i]; equal if it ends inside one."""
 
 
 @final
@@ -199,11 +202,13 @@ class Tokenizer:
         encodings = backend.encode_batch_fast(sound, add_special_tokens=add_special)
         return [list(encoding.ids) for encoding in encodings]
 
-    def encode_ends(self, text: str) -> Encoded:
-        """Ids of a text and where each token ends in it."""
+    def encode_spans(self, text: str) -> Encoded:
+        """Ids of a text and where each token lies in it."""
         encoding = self.backend.encode(_sound(text), add_special_tokens=False)
-        ends = accumulate((end for _, end in encoding.offsets), max)
-        return Encoded(list(encoding.ids), list(ends))
+        ends = list(accumulate((end for _, end in encoding.offsets), max))
+        # the library leaves spaces at the edge of tokens out; they belong to the token after
+        starts = [min(s, end) for (s, _), end in zip(encoding.offsets, [0, *ends], strict=False)]
+        return Encoded(list(encoding.ids), starts, ends)
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """Ids whose bytes are exactly `data`, valid UTF-8 or not.
