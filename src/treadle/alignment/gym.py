@@ -16,9 +16,13 @@ Scalar = bool | int | float | str
 Settings = tuple[tuple[str, Scalar], ...]
 
 
-@lru_cache(maxsize=256)
+SIZE = 2**14
+"""Items of an opened family: some families prepare all of them when they are opened."""
+
+
+@lru_cache(maxsize=64)
 def open_family(name: str, settings: Settings = (), seed: int = 0) -> Any:
-    """A family's data set; item i of it is drawn from the seed `seed + i`.
+    """A family's data set of `SIZE` items; item i is drawn from the seed `seed + i`.
 
     Raises:
         TreadleError: the library is absent, or does not know the family, a setting or its value.
@@ -36,7 +40,7 @@ def open_family(name: str, settings: Settings = (), seed: int = 0) -> Any:
         if key not in known:
             raise TreadleError(f"family `{name}` has no setting `{key}`{did_you_mean(key, known)}")
     try:
-        return create_dataset(name, seed=seed, **dict(settings))
+        return create_dataset(name, seed=seed, size=SIZE, **dict(settings))
     except (AssertionError, ValueError, TypeError) as error:
         shown = ", ".join(f"{key}={value!r}" for key, value in settings)
         raise TreadleError(f"family `{name}` does not accept {shown}: {error}") from None

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from treadle.alignment.gym import Scalar, open_family
+from treadle.alignment.gym import SIZE, Scalar, open_family
 from treadle.alignment.rewards import Reward, Verified
 from treadle.alignment.verifiers import GYM
 from treadle.core.config import Config
@@ -72,8 +72,9 @@ class ReasoningGym(Problems):
 
     def _entry(self, family: Family, place: int) -> dict[str, Any]:
         first = _first_seed(family.name, self.split, self.seed)
-        items = open_family(family.name, family.settings, first)
-        for draw in range(place * DRAWS, (place + 1) * DRAWS):
+        block, start = divmod(place * DRAWS, SIZE)
+        items = open_family(family.name, family.settings, first + block * SIZE)
+        for draw in range(start, start + DRAWS):
             entry: dict[str, Any] = items[draw]
             if split_of(entry["question"]) == self.split:
                 return entry

@@ -15,9 +15,9 @@ from treadle.data.records import Problem
 
 GYM = "reasoning-gym"
 _TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE)
-_NAMED = re.compile(r"\banswer(?:\s+is)?\s*[*_]*\s*:[*_]*", re.IGNORECASE)
+_NAMED = re.compile(r"\banswer(?:\s+is)?\s*[*_]*\s*:[*]*", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+]?[$€£]?\d[\d,]*(?:\.\d+)?%?")
-_WRAPPERS = "*_`$ \t\r\n"
+_WRAPPERS = "*`$ \t\r\n"
 
 
 def extract_answer(completion: str, *, lines: int = 1) -> str | None:

@@ -20,7 +20,7 @@ CARD = Card(
         "Clark et al. 2019, arXiv:1905.10044"
     ),
     summary="ARC, PIQA, HellaSwag, Winogrande and BoolQ by log-likelihood.",
-    recipe="treadle eval smollm2-135m-instruct --task arc",
+    recipe="treadle eval smollm2-135m-instruct --like standard-benchmarks",
     oracle="tests/evals/test_evals_commonsense.py::test_matches_lm_eval",
 )
 

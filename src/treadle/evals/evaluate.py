@@ -27,6 +27,8 @@ from treadle.core.results import (
 from treadle.data.documents import Documents
 from treadle.data.problems import Problems
 from treadle.data.records import Problem
+from treadle.evals.harness import evaluate
+from treadle.evals.task import Benchmark
 from treadle.inference.engine import Engine, EngineConfig
 from treadle.inference.request import Completion, Request
 from treadle.inference.sampling import Sampling
@@ -74,6 +76,8 @@ class Evaluate(Step):
     """Rewrites of the model before it is measured, such as quantisation."""
     exams: tuple[Exam, ...] = ()
     readings: tuple[Reading, ...] = ()
+    benchmarks: tuple[Benchmark, ...] = ()
+    """Put by the harness; its records stay in the step's folder."""
     sampling: Sampling = Sampling(temperature=0.0, max_tokens=128)
     precision: Precision = Auto()
     engine: EngineConfig = EngineConfig()
@@ -99,6 +103,18 @@ class Evaluate(Step):
         for reading in self.readings:
             with precision.autocast("cpu"):
                 results[reading.name] = perplexity(model, tokenizer, reading, workspace.progress)
+        if self.benchmarks:
+            found = evaluate(
+                model,
+                tokenizer,
+                self.benchmarks,
+                records=workspace.folder / "records",
+                engine=self.engine,
+                autocast=partial(precision.autocast, "cpu"),
+                progress=workspace.progress,
+            )
+            found.save(workspace.folder / "benchmarks.json")
+            results |= found.by_name()
         write_samples(workspace.folder, samples)
         return {
             "kind": EVALUATION,

@@ -18,7 +18,7 @@ CARD = Card(
     id="ev.gsm8k",
     paper="Cobbe et al. 2021, arXiv:2110.14168; Wei et al. 2022, arXiv:2201.11903",
     summary="GSM8K with worked shots, strict and flexible extraction.",
-    recipe="treadle eval smollm2-135m-instruct --task gsm8k",
+    recipe="treadle eval smollm2-135m-instruct --like standard-benchmarks",
     oracle="tests/evals/test_evals_gsm8k.py::test_matches_lm_eval",
 )
 

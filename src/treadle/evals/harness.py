@@ -29,7 +29,7 @@ CARD = Card(
     id="ev.harness",
     paper="Gao et al. 2021, lm-evaluation-harness; Biderman et al. 2024, arXiv:2405.14782",
     summary="Multiple choice, generation and perplexity tasks with shots, intervals and a cache.",
-    recipe="treadle eval smollm2-135m-instruct",
+    recipe="treadle eval smollm2-135m-instruct --like standard-benchmarks",
     oracle="tests/evals/test_evals_harness.py::test_multiple_choice_matches_lm_eval",
 )
 
@@ -55,6 +55,11 @@ class Results:
     def plain(self) -> dict[str, Any]:
         """As JSON values: tasks -> name -> scores -> metric -> value, n, low, high."""
         return asdict(self)
+
+    def by_name(self) -> dict[str, Figure]:
+        """`arc acc_norm`, `gsm8k strict`, ... to their figures over all items."""
+        named = ((name, result.scores) for name, result in self.tasks.items())
+        return {f"{name} {metric}": s for name, scores in named for metric, s in scores.items()}
 
     def save(self, path: StrPath) -> None:
         write_json(path, self.plain())

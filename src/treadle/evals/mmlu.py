@@ -10,7 +10,7 @@ CARD = Card(
     id="ev.mmlu",
     paper="Hendrycks et al. 2021, arXiv:2009.03300",
     summary="MMLU by subject and over all, shots from the development split.",
-    recipe="treadle eval smollm2-135m-instruct --task mmlu",
+    recipe="treadle eval smollm2-135m-instruct --like standard-benchmarks",
     oracle="tests/evals/test_evals_mmlu.py::test_matches_lm_eval",
 )
 
