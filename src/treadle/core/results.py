@@ -42,7 +42,7 @@ class Figure(TypedDict):
     """Lower end of its 95% interval; None where nobody computed one."""
     high: float | None
     n: int
-    """Problems, or tokens, that it was measured on."""
+    """Problems, tokens or documents that it was measured on."""
     unit: Unit
 
 

@@ -142,10 +142,7 @@ def perplexity(
     model: DecoderModel, tokenizer: Tokenizer, reading: Reading, progress: Progress
 ) -> Figure:
     """exp of the mean negative log-probability of a token, with its interval over windows."""
-    tokens = take_tokens(tokenizer, reading)
-    size = reading.context
-    windows = [tokens[i : i + size] for i in range(0, len(tokens) - 1, size)]
-    windows = [w for w in windows if len(w) > 1]
+    windows = windows_of(tokenizer, reading)
     losses: list[float] = []
     counts: list[int] = []
     with progress.task(reading.name, len(windows)) as task:
@@ -163,6 +160,13 @@ def perplexity(
             counts.append(len(window) - 1)
             task.update(number)
     return _perplexity(losses, counts)
+
+
+def windows_of(tokenizer: Tokenizer, reading: Reading) -> list[list[int]]:
+    """The reading's tokens as a model sees them; the first of each window is not predicted."""
+    tokens, size = take_tokens(tokenizer, reading), reading.context
+    windows = (tokens[i : i + size] for i in range(0, len(tokens) - 1, size))
+    return [w for w in windows if len(w) > 1]
 
 
 def take_tokens(tokenizer: Tokenizer, reading: Reading) -> list[int]:

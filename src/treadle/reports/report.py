@@ -166,12 +166,11 @@ def _training(data: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _measured_on(data: Mapping[str, Any]) -> dict[str, str]:
-    """By result: how many problems or tokens it was measured on."""
+    """By result: how many problems, tokens or documents it was measured on."""
     said = {}
     for column in data["columns"]:
         name, unit = column["name"], column["unit"]
         counts = {s["results"][name]["n"] for s in data["stages"] if name in s["results"]}
-        thing = "problems" if unit in ("accuracy", "score") else "tokens"
         told = "–".join(f"{n:,}" for n in sorted({min(counts), max(counts)}))
-        said[name] = f"{told} {thing}"
+        said[name] = f"{told} problems" if unit == "accuracy" else f"n = {told}"
     return said
