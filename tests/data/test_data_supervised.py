@@ -14,7 +14,7 @@ from treadle.data.source import Env, Work
 from treadle.data.supervised import Supervised
 from treadle.models.hub.load import load_model
 from treadle.objectives.causal import CausalLM
-from treadle.tokenizers.chat import encode_chat
+from treadle.tokenizers.chat import LastTurn, encode_chat
 from treadle.tokenizers.tokenizer import Tokenizer
 from treadle.tokenizers.train import ByteLevelBPE
 
@@ -124,6 +124,12 @@ def test_only_assistant_tokens_are_learned(env: Env, files: ConversationFiles) -
     said = env.tokenizer.decode(work.batches[0].targets.tolist(), skip_special=False)
     expected = ["".join(f"{c}<|im_end|>" for r, c in row if r == "assistant") for row in ROWS]
     assert sorted(said.split("<|im_end|>")) == sorted("".join(expected).split("<|im_end|>"))
+
+
+def test_only_the_last_turn_if_so_wished(env: Env, files: ConversationFiles) -> None:
+    source = Supervised(conversations=files, per_step=5, tokens=1000, turns=LastTurn())
+    said = env.tokenizer.decode(next(source.open(env)).batches[0].targets.tolist())
+    assert sorted(said) == sorted("".join(row[-1][1] for row in ROWS))
 
 
 def test_answers_cut_away_are_counted(env: Env, files: ConversationFiles) -> None:

@@ -140,6 +140,8 @@ def test_planted_nan_is_skipped(tmp_path: Path) -> None:
     result, weights = run(tmp_path, hooks=(watch,), poison={5: float("nan")})
     assert [r.step for r in watch.reports if r.skipped] == [6]
     assert result.skipped == 1
+    (event,) = result.events
+    assert (event.step, event.reason, len(event.data)) == (5, "loss is nan", 16)
     assert all(bool(w.isfinite().all()) for w in weights.values())
     assert watch.reports[-1].loss < watch.reports[0].loss
 
@@ -164,6 +166,21 @@ def test_planted_spikes_are_skipped_then_rolled_back(tmp_path: Path) -> None:
         tmp_path / "patient", steps=24, guard=patient, poison=poison, cycle=3, lr=1e-3
     )
     assert same(weights, expected)
+
+
+def test_no_checkpoint_amid_bad_steps(tmp_path: Path) -> None:
+    """Step 8, where one is due, is poisoned like the one before: it is written after step 9."""
+    kept: list[list[str]] = []
+
+    class Look(Hook):
+        def on_step(self, report: StepReport) -> None:
+            folder = tmp_path / "checkpoints"
+            kept.append(sorted(p.name for p in folder.glob("step-*")))
+
+    nan = float("nan")
+    run(tmp_path, steps=11, hooks=(Look(),), poison={6: nan, 7: nan})
+    assert kept[8] == ["step-000000", "step-000004"]
+    assert kept[9] == ["step-000004", "step-000009"]
 
 
 def test_hopeless_run_ends_with_a_remedy(tmp_path: Path) -> None:

@@ -52,7 +52,8 @@ CARD = Card(
     id="data.formats",
     paper="Taori et al. 2023 (Alpaca); Wei et al. 2022 (FLAN); Bai et al. 2022 (HH-RLHF)",
     summary="Reads the instruction, preference and problem formats of the field as one schema.",
-    recipe="treadle run quickstart",
+    recipe="treadle run quickstart "
+    "steps.1.source.conversations='{kind: ConversationFiles, path: chats.jsonl}'",
     oracle="tests/tokenizers/test_tokenizers_chat.py::test_marked_turns_match_transformers",
 )
 

@@ -22,7 +22,7 @@ CARD = Card(
     id="data.pack",
     paper="Krell et al. 2021, arXiv:2107.02027; Ding et al. 2024, arXiv:2404.10830 (best-fit)",
     summary="Best-fit packing of documents into rows; no document sees another.",
-    recipe="treadle run quickstart-scratch",
+    recipe="treadle run quickstart-scratch steps.1.source.rows.kind=PackedDocuments",
     oracle="tests/data/test_data_pack.py::test_packed_loss_and_gradient_equal_unpacked",
 )
 

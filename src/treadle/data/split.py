@@ -30,7 +30,8 @@ CARD = Card(
     id="data.split",
     paper="Broder 1997 (shingles); Chaudhuri et al. 2006, Bayardo et al. 2007 (prefix filter)",
     summary="Splits by content hash, stable, with near duplicates kept on one side.",
-    recipe="treadle run quickstart-scratch",
+    recipe="treadle run quickstart-scratch "
+    "steps.1.source.documents='{kind: TextFiles, path: corpus.txt}'",
     oracle="tests/data/test_data_split.py::test_no_cluster_in_two_parts",
 )
 

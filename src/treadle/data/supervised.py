@@ -19,7 +19,7 @@ from treadle.core.errors import TreadleError
 from treadle.data.batch import Piece, assemble, within_budget
 from treadle.data.records import Chat
 from treadle.data.source import Env, Source, Stream, Work
-from treadle.tokenizers.chat import encode_chat
+from treadle.tokenizers.chat import EveryTurn, Turns, encode_chat
 
 CARD = Card(
     id="ft.full",
@@ -52,6 +52,8 @@ class Supervised(Source):
     """Most tokens in a micro-batch."""
     longest: int = Field(1024, ge=2)
     """Conversations are cut to this many tokens."""
+    turns: Turns = EveryTurn()
+    """Which turns of the assistant are learned."""
 
     def open(self, env: Env) -> SupervisedStream:
         return SupervisedStream(self, env)
@@ -88,7 +90,10 @@ class SupervisedStream(Stream):
             number = int(self.order(epoch)[place])
         chat = self.config.conversations.conversation(number)
         encoded = encode_chat(
-            self.env.tokenizer, [m.plain() for m in chat.messages], tools=chat.tools or None
+            self.env.tokenizer,
+            [m.plain() for m in chat.messages],
+            tools=chat.tools or None,
+            turns=self.config.turns,
         )
         end = self.config.longest
         return Piece(encoded.ids[:end], encoded.mask[:end])

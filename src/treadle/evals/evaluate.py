@@ -33,6 +33,7 @@ from treadle.inference.sampling import Sampling
 from treadle.kernels.linear_cross_entropy import token_statistics
 from treadle.models.decoder import DecoderModel
 from treadle.models.source import ModelSource
+from treadle.models.transform import Transform
 from treadle.nn.context import Packed
 from treadle.nn.layout import Layout
 from treadle.nn.linear import bias_of
@@ -69,6 +70,8 @@ class Evaluate(Step):
     model: ModelSource
     subject: str
     """The stage that is measured: `base`, or the name of the step that made the model."""
+    transforms: tuple[Transform, ...] = ()
+    """Rewrites of the model before it is measured, such as quantisation."""
     exams: tuple[Exam, ...] = ()
     readings: tuple[Reading, ...] = ()
     sampling: Sampling = Sampling(temperature=0.0, max_tokens=128)
@@ -80,6 +83,8 @@ class Evaluate(Step):
         model, tokenizer = opened.model.eval().requires_grad_(False), tokenizer_of(opened)
         precision = self.precision.resolve("cpu")
         precision.prepare(model)
+        for transform in self.transforms:
+            model = transform(model)
         engine = Engine(model, tokenizer, self.engine, autocast=partial(precision.autocast, "cpu"))
         results: dict[str, Figure] = {}
         samples: list[Sample] = []

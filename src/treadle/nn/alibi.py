@@ -19,7 +19,8 @@ CARD = Card(
     id="arch.alibi",
     paper="Press, Smith and Lewis 2022, Train Short, Test Long, arXiv:2108.12409",
     summary="Penalises attention linearly with distance instead of embedding positions.",
-    recipe="treadle run quickstart-scratch steps.1.model.positions='{kind: ALiBi}'",
+    recipe="treadle run quickstart-scratch "
+    "steps.1.model.decoder.blocks.0.mixer.positions='{kind: ALiBi}'",
     oracle="tests/nn/test_nn_positions.py::test_alibi_matches_bloom",
 )
 

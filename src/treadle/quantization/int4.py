@@ -29,7 +29,7 @@ CARD = Card(
     id="q.int4",
     paper="Dettmers and Zettlemoyer 2023, k-bit inference scaling laws, arXiv:2212.09720",
     summary="Weights in 4 bits with a scale for each group of columns, two to a byte.",
-    recipe="treadle run quickstart steps.2.transforms.0.kind=Int4",
+    recipe="treadle run quickstart steps.2.transforms='[{kind: Int4}]'",
     oracle="tests/quantization/test_quantization_int4.py::test_codes_match_float64_loops",
 )
 

@@ -22,7 +22,7 @@ CARD = Card(
     id="q.int8",
     paper="Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339; Jacob et al. 2018, arXiv:1712.05877",
     summary="Weights in 8 bits a row or group; activations in float or, a token at a time, int8.",
-    recipe="treadle run quickstart steps.2.transforms.0.kind=Int8",
+    recipe="treadle run quickstart steps.2.transforms='[{kind: Int8}]'",
     oracle="tests/quantization/test_quantization_int8.py::test_codes_match_float64_loops",
 )
 

@@ -6,5 +6,5 @@ from treadle.alignment.reasoning_gym import Family
 
 QUICKSTART = (
     Family(name="leg_counting", settings=(("min_animals", 2), ("max_animals", 4))),
-    Family(name="gcd"),
+    Family(name="gcd", settings=(("max_value", 100),)),
 )

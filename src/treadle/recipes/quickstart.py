@@ -21,6 +21,7 @@ from treadle.optim.adamw import AdamW
 from treadle.optim.schedules import Constant, Cosine
 from treadle.peft.lora import LoRA
 from treadle.recipes.families import QUICKSTART
+from treadle.reports.report import Report
 from treadle.train.export import Export, Exported
 from treadle.train.fit import Fit
 from treadle.train.run import Run, Trained
@@ -33,11 +34,13 @@ def quickstart() -> Pipeline:
         name="sft",
         model=base,
         transforms=(LoRA(rank=16),),
-        source=Supervised(conversations=WorkedSolutions(problems=training, amount=1200)),
+        source=Supervised(
+            conversations=WorkedSolutions(problems=training, amount=1024), per_step=16
+        ),
         objective=CausalLM(),
         optimizer=AdamW(lr=2e-3),
         schedule=Cosine(),
-        fit=Fit(steps=36, checkpoint_every=12),
+        fit=Fit(steps=64, checkpoint_every=16),
         minutes=4.0,
     )
     grpo = Run(
@@ -52,7 +55,7 @@ def quickstart() -> Pipeline:
         objective=GRPO(),
         optimizer=AdamW(lr=2e-4),
         schedule=Constant(),
-        fit=Fit(steps=10, checkpoint_every=2),
+        fit=Fit(steps=8, checkpoint_every=2),
         minutes=4.0,
     )
     export = Export(model=Trained(step="grpo"))
@@ -66,6 +69,7 @@ def quickstart() -> Pipeline:
             measured("grpo", Trained(step="grpo")),
             export,
             measured("quantised", Exported(step="export")),
+            Report(),
         ),
     )
 

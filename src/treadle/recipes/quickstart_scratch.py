@@ -8,7 +8,7 @@ from treadle.data.documents import Documents
 from treadle.data.python_docs import PythonDocs
 from treadle.evals.continuations import Continuations
 from treadle.evals.evaluate import Evaluate, Reading
-from treadle.evals.ngram import NgramBaseline
+from treadle.evals.ngram_baseline import NgramBaseline
 from treadle.models.llama import tiny_llama
 from treadle.models.source import Fresh
 from treadle.objectives.causal import CausalLM
@@ -26,6 +26,7 @@ VOCABULARY = 4096
 def quickstart_scratch() -> Pipeline:
     documents: Documents = PythonDocs()
     trained = Trained(step="pretrain")
+    readings = (Reading(name="python docs", documents=documents, context=256),)
     return Pipeline(
         name="quickstart-scratch",
         steps=(
@@ -42,12 +43,12 @@ def quickstart_scratch() -> Pipeline:
                 fit=Fit(steps=240, checkpoint_every=40),
                 minutes=8.0,
             ),
-            NgramBaseline(documents=documents, step="tokenizer"),
+            NgramBaseline(model=trained, documents=documents, readings=readings, minutes=0.5),
             Evaluate(
                 name="measure-pretrain",
                 subject="pretrain",
                 model=trained,
-                readings=(Reading(name="python docs", documents=documents, context=256),),
+                readings=readings,
             ),
             Continuations(
                 name="samples",

@@ -25,7 +25,7 @@ from treadle.objectives.objective import Objective
 from treadle.optim.clipping import NormClip, scale_gradients
 from treadle.optim.optimizer import Clip, Optimizer, Schedule
 from treadle.train.checkpoint import CheckpointStore
-from treadle.train.guard import Guard, Guarding, Verdict, data_digest
+from treadle.train.guard import Event, Guard, Guarding, Verdict, data_digest
 from treadle.train.hooks import Hook, RunInfo, StepReport
 from treadle.train.parallel.plan import Plan, World
 from treadle.train.precision import Auto, Precision
@@ -57,7 +57,9 @@ class FitResult:
     tokens: int
     """Tokens that went through the model in this process, since it started or resumed."""
     skipped: int
-    """Steps that the guard refused."""
+    """Steps that were not taken in this process."""
+    events: tuple[Event, ...] = ()
+    """What the guard refused in the whole run, and why."""
 
 
 def fit(
@@ -103,7 +105,8 @@ def fit(
     if step is None:
         step = 0
         store.save(step, state)  # a rollback needs somewhere to go
-    result = FitResult(steps=step, loss=float("nan"), tokens=0, skipped=0)
+    saved = step
+    result = FitResult(steps=step, loss=float("nan"), tokens=0, skipped=0, events=sentinel.events())
     for hook in hooks:
         hook.on_start(RunInfo(folder=folder, steps=config.steps, start=step, config=description))
     model.train()
@@ -135,7 +138,7 @@ def fit(
             steps_taken.zero_grad(set_to_none=True)
             scaler.update(finite)
             if verdict is Verdict.ROLLBACK:
-                step = store.restore_latest(state) or 0
+                step = saved = store.restore_latest(state) or 0
                 for hook in hooks:
                     hook.on_rewind(step)
                 continue
@@ -146,6 +149,7 @@ def fit(
                 loss=loss,
                 tokens=result.tokens + tokens,
                 skipped=result.skipped + (verdict is not Verdict.GO),
+                events=sentinel.events(),
             )
             report = StepReport(
                 step=step,
@@ -161,9 +165,12 @@ def fit(
             for hook in hooks:
                 hook.on_step(report)
             # After the hooks: a line that was written but not reached by a checkpoint is cut off
-            # on resume, one that was not written would be missing.
-            if step % config.checkpoint_every == 0 or step == config.steps:
+            # on resume, one that was not written would be missing. Not amid bad steps: a rollback
+            # is to end before them.
+            due = step - saved >= config.checkpoint_every and verdict is Verdict.GO
+            if due or step == config.steps:
                 store.save(step, state)
+                saved = step
     finally:
         for hook in hooks:
             hook.on_end()

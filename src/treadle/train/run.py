@@ -32,6 +32,7 @@ from treadle.tokenizers.load import tokenizer_of
 from treadle.train.fit import Fit, fit
 from treadle.train.hooks import Hook, JsonLines, ShowProgress, TensorBoard
 from treadle.train.parallel.plan import Plan, SingleProcess
+from treadle.train.rng import seed_everything
 
 WEIGHTS = "trained.safetensors"
 
@@ -53,6 +54,7 @@ class Run(Step):
 
     def execute(self, workspace: Workspace) -> Mapping[str, Any]:
         folder = workspace.folder
+        seed_everything(self.seed)  # fresh weights and adapters: the same on every rank
         opened = self.model.open(workspace)
         model = transformed(opened.model, self.transforms)
         world = self.plan.setup()
@@ -68,6 +70,7 @@ class Run(Step):
             autocast=partial(precision.autocast, world.device),
         )
         env.scratch.mkdir(exist_ok=True)
+        seed_everything(self.seed + 1 + world.rank)  # dropout: each rank its own
         hooks: list[Hook] = []
         if world.rank == 0:
             hooks = [
@@ -99,6 +102,7 @@ class Run(Step):
             "steps": result.steps,
             "tokens": result.tokens,
             "skipped_steps": result.skipped,
+            "refused": [f"step {e.step}: {e.reason} (data {e.data})" for e in result.events],
             "precision": str(precision.dtype()).removeprefix("torch."),
             "parameters": sum(p.numel() for p in model.parameters()),
             "parameters_trained": trained,

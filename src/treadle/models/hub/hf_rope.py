@@ -47,11 +47,15 @@ def rope_to_hf(rope: RoPE) -> dict[str, Any]:
     """`rope_parameters` for transformers 5, `rope_theta` and `rope_scaling` for 4."""
     scaling = scaling_to_hf(rope.scaling)
     partial = {} if rope.fraction == 1.0 else {"partial_rotary_factor": rope.fraction}
+    original = "original_max_position_embeddings"
+    # Of this kind version 4 looks for the original context beside the table.
+    beside = {original: scaling[original]} if scaling["rope_type"] == "longrope" else {}
     return {
         "rope_theta": rope.theta,
         "rope_scaling": None if scaling == {"rope_type": "default"} else scaling,
         "rope_parameters": {"rope_theta": rope.theta, **partial, **scaling},
         **partial,
+        **beside,
     }
 
 

@@ -32,7 +32,7 @@ CARDS = (
         id="arch.sliding",
         paper="Beltagy et al. 2020, arXiv:2004.05150; Jiang et al. 2023, arXiv:2310.06825",
         summary="Each token sees only the last `window` positions; a rolling cache suffices.",
-        recipe="treadle run quickstart-scratch steps.1.model.window=256",
+        recipe="treadle run quickstart-scratch steps.1.model.decoder.blocks.0.mixer.window=128",
         oracle="tests/nn/test_nn_attention.py::test_sliding_window_matches_mistral",
     ),
 )
