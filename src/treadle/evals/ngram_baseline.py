@@ -7,6 +7,7 @@ model predict, so the two perplexities compare.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -47,18 +48,17 @@ class NgramBaseline(Step):
                 documents.append(document)
                 task.update(counted)
             ngrams = self.ngrams.build(documents, tokenizer.vocab_size)
-        results: dict[str, Figure] = {}
-        for reading in self.readings:
-            results |= read(ngrams, tokenizer, reading)
+        read = {r.name: predict(ngrams, tokenizer, r) for r in self.readings}
         return {
             "kind": EVALUATION,
             "subject": f"{self.ngrams.order}-gram",
             "baseline": True,
-            "results": results,
+            "results": {name: prediction.perplexity for name, prediction in read.items()},
             "tokens_per_second": None,
             "size_bytes": None,
             "training_tokens": counted,
             "grams": ngrams.grams,
+            **{f"bits_per_byte of {n}": p.bits_per_byte["value"] for n, p in read.items()},
         }
 
     def _encoded(self, tokenizer: Tokenizer) -> Iterator[list[int]]:
@@ -71,8 +71,17 @@ class NgramBaseline(Step):
                 return
 
 
-def read(ngrams: NgramModel, tokenizer: Tokenizer, reading: Reading) -> dict[str, Figure]:
-    """Perplexity of a reading, and its bits per byte, which compare across tokenizers."""
+@dataclass(frozen=True)
+class Prediction:
+    """How well a text was predicted, with intervals over its windows."""
+
+    perplexity: Figure
+    bits_per_byte: Figure
+    """Of the same tokens; it compares across tokenizers."""
+
+
+def predict(ngrams: NgramModel, tokenizer: Tokenizer, reading: Reading) -> Prediction:
+    """Predict the tokens that a model predicts of a reading."""
     windows = windows_of(tokenizer, reading)
     logprobs = ngrams.logprobs(windows)
     ends = np.cumsum([0, *(len(w) - 1 for w in windows)])
@@ -80,8 +89,5 @@ def read(ngrams: NgramModel, tokenizer: Tokenizer, reading: Reading) -> dict[str
     sizes = [len(tokenizer.decode_bytes(w[1:])) for w in windows]
     perplexity = ratio(losses, np.diff(ends).tolist(), np.exp, "perplexity")
     per_byte = ratio(losses, sizes, bits, "bits/byte")
-    predicted = int(ends[-1])
-    return {
-        reading.name: {**perplexity, "n": predicted},
-        f"{reading.name}, bits": {**per_byte, "n": predicted},
-    }
+    perplexity["n"] = per_byte["n"] = int(ends[-1])
+    return Prediction(perplexity, per_byte)
