@@ -142,8 +142,12 @@ def _package(name: str) -> Path:
         found = None
     if found is None or not found.submodule_search_locations:
         raise TreadleError(
+<<<<<<< HEAD
             f"PythonDocs: no package `{name}` is installed: install it, or remove it from "
             "`packages`"
+=======
+            f"PythonDocs: no package `{name}` is installed: install it, or leave it out"
+>>>>>>> main
         )
     return Path(found.submodule_search_locations[0])
 
