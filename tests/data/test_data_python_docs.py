@@ -138,14 +138,14 @@ def test_a_package_that_is_not_there_is_named() -> None:
 
 
 def test_what_is_on_this_machine() -> None:
-    documents = list(islice(PythonDocs().documents(), 150))
+    documents = list(islice(PythonDocs().documents(), 85))
     assert [t.text for t, _ in documents] == [
-        t.text for t, _ in islice(PythonDocs().documents(), 150)
+        t.text for t, _ in islice(PythonDocs().documents(), 85)
     ]
-    assert sum(len(t.text) for t, _ in documents) > 400_000
+    assert sum(len(t.text) for t, _ in documents) > 300_000
     assert any("yield" in t.text for t, _ in documents)
 
 
-def test_a_package_adds_to_it() -> None:
+def test_a_package_adds_to_it(library: Path) -> None:
     names = json.dumps([t.text[:200] for t, _ in PythonDocs(packages=("jinja2",)).documents()])
     assert "Jinja is a template engine" in names
