@@ -243,8 +243,15 @@ def test_nothing_there_is_said(tmp_path: Path) -> None:
 def test_transforms_must_be_undone_before_saving(tmp_path: Path) -> None:
     model = tiny()
     model.blocks[0].mixer.q.register_parameter("extra", torch.nn.Parameter(torch.zeros(1)))
-    with pytest.raises(ConfigError, match=r"no place for blocks.0.mixer.q.extra; merge adapters"):
-        save_hf(model, tmp_path)
+    with pytest.raises(ConfigError, match=r"has blocks.0.mixer.q.extra, .*; merge adapters"):
+        save_hf(model, tmp_path / "m")
+    model = tiny()
+    weight = model.blocks[1].ffn.up.weight.detach()
+    del model.blocks[1].ffn.up.weight
+    model.blocks[1].ffn.up.register_buffer("weight", weight)  # as a quantised layer has
+    with pytest.raises(ConfigError, match=r"lacks blocks.1.ffn.up.weight, which its config has"):
+        save_gguf(model, tmp_path / "m.gguf")
+    assert not list(tmp_path.iterdir())
 
 
 def test_gguf_formats_follow_llama_cpp(tmp_path: Path) -> None:

@@ -204,6 +204,7 @@ def test_sentencepiece_matches_llama_cpp(sentencepiece_like: Tokenizer, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_real_tokenizers_match_llama_cpp(real_tokenizers: dict[str, Path], tmp_path: Path) -> None:
     for name, folder in real_tokenizers.items():
         tokenizer = Tokenizer.load(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,6 +126,19 @@ def test_auto_takes_the_faster_and_says_so(
     assert Auto().resolve("cpu", said.append) == expected
     assert type(expected).__name__ in said[0]
     assert f"{measured.bf16:.0f} GFLOP/s" in said[0]
+
+
+def test_a_run_goes_on_in_the_precision_it_began_with(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    memo = tmp_path / "precision.yaml"
+    monkeypatch.setattr(module, "race", lambda device: Race(fp32=1.0, bf16=9.0))
+    assert module.settle(Auto(), "cpu", memo) == BF16()
+    monkeypatch.setattr(module, "race", lambda device: Race(fp32=9.0, bf16=1.0))
+    assert module.settle(Auto(), "cpu", memo) == BF16()
+    half = FP16(initial_scale=8.0)
+    assert module.settle(half, "cpu", tmp_path / "other.yaml") == half
+    assert module.settle(Auto(), "cpu", tmp_path / "other.yaml") == half
 
 
 def test_race_measures_and_leaves_random_state_alone() -> None:

@@ -142,8 +142,7 @@ def _package(name: str) -> Path:
         found = None
     if found is None or not found.submodule_search_locations:
         raise TreadleError(
-            f"PythonDocs: no package `{name}` is installed: install it, or remove it from "
-            "`packages`"
+            f"PythonDocs: no package `{name}` here: install it, or take it out of `packages`"
         )
     return Path(found.submodule_search_locations[0])
 

@@ -53,9 +53,9 @@ def quickstart() -> Pipeline:
             sampling=Sampling(max_tokens=112),
         ),
         objective=GRPO(),
-        optimizer=AdamW(lr=2e-4),
+        optimizer=AdamW(lr=5e-4),
         schedule=Constant(),
-        fit=Fit(steps=8, checkpoint_every=2),
+        fit=Fit(steps=10, checkpoint_every=2),
         minutes=4.0,
     )
     export = Export(model=Trained(step="grpo"))

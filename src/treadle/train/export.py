@@ -32,7 +32,16 @@ class Export(Step):
         model = merge(opened.model)
         folder = workspace.folder
         workspace.progress.say(f"{self.name}: writing {folder / HUGGING_FACE}")
-        save_hf(model, folder / HUGGING_FACE, dtype=torch.bfloat16)
+        save_hf(
+            model,
+            folder / HUGGING_FACE,
+            dtype=torch.bfloat16,
+            fields={
+                "bos_token_id": tokenizer.bos_id,
+                "eos_token_id": tokenizer.eos_id,
+                "pad_token_id": tokenizer.pad_id,
+            },
+        )
         tokenizer.save(folder / HUGGING_FACE)
         workspace.progress.say(f"{self.name}: quantising to {self.format}, {folder / GGUF}")
         save_gguf(

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +22,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from treadle.core.cards import Card
-from treadle.core.config import Config
+from treadle.core.config import Config, from_yaml, to_yaml
 from treadle.core.errors import TreadleError
+from treadle.core.files import write_text
 from treadle.optim.clipping import gradient_norm, scale_gradients
+from treadle.train.parallel import talk
 
 CARD = Card(
     id="opt.precision",
@@ -202,7 +205,10 @@ class Auto(Precision):
     def resolve(
         self, device: torch.device | str, say: Callable[[str], None] = lambda line: None
     ) -> Precision:
-        result = race(device)
+        mine = race(device)
+        # Ranks measure at the same time and could disagree: the first one's figures count.
+        fp32, bf16 = map(float, talk.from_first(f"{mine.fp32} {mine.bf16}").split())
+        result = Race(fp32=fp32, bf16=bf16)
         chosen: Precision = BF16() if result.ratio >= self.advantage else FP32()
         say(
             f"precision: {type(chosen).__name__} (a linear layer, forward and backward, on "
@@ -215,6 +221,27 @@ class Auto(Precision):
 
     def scaler(self) -> Scaler:
         raise TypeError("Auto has no scaler; use what Auto().resolve(device) returns")
+
+
+def settle(
+    precision: Precision,
+    device: torch.device | str,
+    memo: Path,
+    say: Callable[[str], None] = lambda line: None,
+) -> Precision:
+    """The concrete precision of a run, resolved once and kept in the file `memo`.
+
+    A run that goes on computes as it began, on whatever machine. Every rank must call.
+    """
+    known = memo.read_text(encoding="utf-8") if talk.rank() == 0 and memo.exists() else ""
+    text = talk.from_first(known)
+    if text:
+        return from_yaml(text, expect=Precision, name=str(memo))  # type: ignore[type-abstract]
+    chosen = precision.resolve(device, say)
+    with talk.first_rank_works() as working:
+        if working:
+            write_text(memo, to_yaml(chosen))
+    return chosen
 
 
 @dataclass(frozen=True)

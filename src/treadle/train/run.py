@@ -32,6 +32,7 @@ from treadle.tokenizers.load import tokenizer_of
 from treadle.train.fit import Fit, fit
 from treadle.train.hooks import Hook, JsonLines, ShowProgress, TensorBoard
 from treadle.train.parallel.plan import Plan, SingleProcess
+from treadle.train.precision import settle
 from treadle.train.rng import seed_everything
 
 WEIGHTS = "trained.safetensors"
@@ -58,7 +59,9 @@ class Run(Step):
         opened = self.model.open(workspace)
         model = transformed(opened.model, self.transforms)
         world = self.plan.setup()
-        precision = self.fit.precision.resolve(world.device, workspace.progress.say)
+        precision = settle(
+            self.fit.precision, world.device, folder / "precision.yaml", workspace.progress.say
+        )
         env = Env(
             model=model,
             tokenizer=tokenizer_of(opened),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from treadle.core.errors import ConfigError, FileFormatError
+from treadle.models.decoder import DecoderModel
 from treadle.models.weights import Rule
 
 Shape = tuple[int, ...]
@@ -22,17 +23,32 @@ def applicable(model: nn.Module, rules: Sequence[Rule]) -> tuple[Rule, ...]:
     """The rules whose parameters the model has.
 
     Raises:
-        ConfigError: a parameter has no rule: the model was changed by a transform.
+        ConfigError: a parameter has none, so the table's family is not the model's.
     """
     parameters = {name for name, _ in model.named_parameters()}
     used = tuple(rule for rule in rules if parameters.issuperset(rule.ours))
     ruled = {name for rule in used for name in rule.ours}
     if ruled != parameters:
+        raise ConfigError(f"the family has no place for {_some(sorted(parameters - ruled))}")
+    return used
+
+
+def require_plain(model: DecoderModel) -> None:
+    """Raise where a transform has changed what parameters the model has.
+
+    Raises:
+        ConfigError: names the parameters that are new, or gone.
+    """
+    with torch.device("meta"):
+        fresh = {name for name, _ in model.config.build().named_parameters()}
+    found = {name for name, _ in model.named_parameters()}
+    if changed := sorted(found - fresh) or sorted(fresh - found):
+        is_new = bool(found - fresh)
         raise ConfigError(
-            f"the family has no place for {_some(sorted(parameters - ruled))}; "
+            f"the model {'has' if is_new else 'lacks'} {_some(changed)}, "
+            f"which its config {'does not have' if is_new else 'has'}; "
             "merge adapters and undo other transforms before saving"
         )
-    return used
 
 
 def expected_shapes(model: nn.Module, rules: Sequence[Rule]) -> dict[str, Shape]:

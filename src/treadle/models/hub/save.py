@@ -14,7 +14,7 @@ from treadle.core.files import StrPath, write_json
 from treadle.kernels.blocks import FORMATS, block_format
 from treadle.models.decoder import DecoderModel
 from treadle.models.families import family_for_gguf, family_for_hf
-from treadle.models.hub.fill import applicable, spill
+from treadle.models.hub.fill import applicable, require_plain, spill
 from treadle.models.hub.gguf import write_gguf
 from treadle.models.hub.gguf_header import ROPE_DIVISORS
 from treadle.models.hub.gguf_values import Value
@@ -65,6 +65,7 @@ def save_hf(
         ConfigError: the family cannot express the model, or a transform is still in it.
         TreadleError: the disk is full.
     """
+    require_plain(model)
     chosen = family_for_hf(model.config, family)
     spelling = chosen.huggingface
     rules = applicable(model, spelling.rules(model.config))
@@ -117,6 +118,7 @@ def save_gguf(
         ConfigError: llama.cpp cannot express the model, or a transform is still in it.
         TreadleError: an unknown format, or the disk is full.
     """
+    require_plain(model)
     gguf, header = family_for_gguf(model.config)
     rules = applicable(model, gguf.rules(model.config))
     usual = block_format(format).name
