@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,6 +36,9 @@ class PipeSpin(Step):
         rank = os.environ.get("RANK", "0")
         with (workspace.folder / f"attempts-{rank}").open("a") as file:
             file.write("x")
+        others = range(1, int(os.environ.get("WORLD_SIZE", "1")))
+        while not all((workspace.folder / f"attempts-{other}").exists() for other in others):
+            time.sleep(0.01)  # parallel steps meet, as in a collective
         if rank == "0":
             write_text(workspace.folder / "thread.txt", self.thread)
         return {"length": len(self.thread)}
@@ -114,7 +118,12 @@ def test_of_several_processes_one_leads(tmp_path: Path) -> None:
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", code],
-            env={**os.environ, "RANK": str(rank), "PYTHONPATH": os.pathsep.join(sys.path)},
+            env={
+                **os.environ,
+                "RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "PYTHONPATH": os.pathsep.join(sys.path),
+            },
         )
         for rank in (1, 0)
     ]

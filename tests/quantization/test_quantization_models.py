@@ -22,7 +22,7 @@ from treadle.quantization.blocks import Blocks
 from treadle.quantization.int4 import Int4
 from treadle.quantization.int8 import Int8
 from treadle.quantization.layers import QuantizedEmbedding, QuantizedLinear
-from treadle.quantization.quantize import Quantization, Symmetric
+from treadle.quantization.quantize import Quantization, Symmetric, unpack
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 EVERYTHING = ("blocks.*", "embedding", "head")
@@ -63,6 +63,17 @@ def test_logits_are_those_of_the_dense_weights(form: Quantization) -> None:
             if isinstance(layer, nn.Linear):
                 layer.weight.copy_(weight_of(model.get_submodule(name)))
     torch.testing.assert_close(logits(model), logits(plain), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_unpacked_is_a_plain_model_with_what_was_stored(form: Quantization) -> None:
+    packed, plain = (form.replace(targets=EVERYTHING)(tiny()) for _ in range(2))
+    plain = unpack(plain)
+    assert set(plain.state_dict()) == set(tiny().state_dict())
+    assert plain.head.weight is plain.embedding.weight
+    for name, layer in plain.named_modules():
+        if isinstance(layer, nn.Linear):
+            assert torch.equal(layer.weight, weight_of(packed.get_submodule(name)))
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from treadle.core.results import Figure, Sample, write_samples
+from treadle.core.results import Figure, Sample, accuracy, write_samples
 from treadle.reports import numbers
 from treadle.reports.curves import POINTS, read_curves, skipped_steps, smooth, thin
 from treadle.reports.document import clean, seeds
 from treadle.reports.folder import RunFolder
 from treadle.reports.samples import LONGEST, pick, shorten
 from treadle.reports.stages import Stage, compare
+from treadle.reports.words import sentences
 
 # Curves
 
@@ -102,6 +103,39 @@ def stage_of(name: str) -> Stage:
     return Stage(subject=name, baseline=False, evaluations=(name,))
 
 
+# Words
+
+
+def measured(name: str, right: int) -> Stage:
+    return Stage(
+        subject=name,
+        baseline=False,
+        results={"sum": accuracy([1.0] * right + [0.0] * (100 - right))},
+    )
+
+
+def test_a_better_stage_on_the_way_is_named() -> None:
+    stages = [measured("base", 1), measured("sft", 52), measured("quantised", 4)]
+    said = " ".join(sentences("run", stages, None, [], []))
+    assert "The final model (quantised) answers 4.0%" in said
+    assert "An earlier stage was better: sft with 52.0%" in said
+    fine = [measured("base", 1), measured("sft", 52), measured("quantised", 47)]
+    assert "An earlier stage" not in " ".join(sentences("run", fine, None, [], []))
+
+
+def test_a_difference_by_chance_is_called_that() -> None:
+    said = " ".join(sentences("run", [measured("base", 10), measured("sft", 14)], None, [], []))
+    assert "The intervals overlap: chance alone may explain the difference." in said
+    said = " ".join(sentences("run", [measured("base", 60), measured("sft", 14)], None, [], []))
+    assert "It became worse: the intervals do not overlap." in said
+
+
+def test_different_tasks_do_not_compare() -> None:
+    other = Stage(subject="sft", baseline=False, results={"gcd": accuracy([1.0])})
+    said = " ".join(sentences("run", [measured("base", 1), other], None, [], []))
+    assert "different tasks and do not compare" in said
+
+
 # Samples
 
 
@@ -160,7 +194,7 @@ def test_seeds_are_found_anywhere() -> None:
         (numbers.duration, 99.0, "99 s"),
         (numbers.duration, 754.0, "12.6 min"),
         (numbers.duration, 3600 * 5 + 60 * 7, "5 h 07 min"),
-        (numbers.energy, 1234.0, "1,234 J"),
+        (numbers.energy, 1234.0, "0.343 Wh"),
         (numbers.energy, 36000.0, "10 Wh"),
         (numbers.energy, 3.6e9, "1,000 kWh"),
         (numbers.points, -0.0312, "−3.1"),

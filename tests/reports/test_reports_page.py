@@ -70,7 +70,7 @@ def test_every_figure_is_on_the_page(run: Path, page: Element) -> None:
         else:
             cost = manifest(run, "export" if stage == "quantised" else stage)["cost"]
             assert time == f"{cost['seconds']:.3g} s"
-            assert energy == f"{cost['joules']:.3g} J {cost['energy']}"
+            assert energy == f"{cost['joules'] / 3600:.3g} Wh {cost['energy']}"
             assert memory == f"{cost['peak_bytes'] / 1e6:.3g} MB"
 
 
@@ -88,7 +88,7 @@ def test_the_result_is_told_in_words(run: Path, page: Element) -> None:
     )
     fixed = sum(after[p] > before[p] for p in before)
     broken = sum(after[p] < before[p] for p in before)
-    assert f"{fixed} wrong answers turned right and {broken} right ones turned wrong" in said
+    assert f"{fixed} turned from wrong to right and {broken} from right to wrong" in said
     assert "Perplexity of wikitext-2 is 26.40, against 143.2 (5-gram) and 24.31 before." in said
 
 

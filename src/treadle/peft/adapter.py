@@ -149,6 +149,11 @@ class EmbeddingAdapter(AdapterLayer):
 
     base: nn.Embedding
 
+    @property
+    def weight(self) -> Float[Tensor, "V D"]:
+        """The whole table."""
+        return self.adapted_table() if self.enabled else self.base.weight
+
     @abstractmethod
     def adapted(self, x: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
         """The rows of these tokens, with the adapter."""

@@ -44,15 +44,13 @@ def names_of(model: DecoderModel) -> Names:
         for name, module in model.named_modules()
         if isinstance(module, kinds) and not name.endswith(".base")
     }
-    try:
-        family = family_for_hf(model.config)
-    except ConfigError:
-        return Names({name: name for name in layers}, frozenset())
-    names: dict[str, str] = {}
+    rules = family_for_hf(model.config).huggingface.rules(model.config)
+    ruled = {ours.removesuffix(".weight") for rule in rules for ours in rule.ours}
+    names = {name: name for name in layers - ruled}
     transposed = set()
-    for rule in family.huggingface.rules(model.config):
+    for rule in rules:
         ours = rule.ours[0].removesuffix(".weight")
-        if len(rule.ours) == 1 and ours in layers and rule.ours[0].endswith(".weight"):
+        if len(rule.ours) == 1 and ours in layers:
             names[ours] = rule.theirs[0].removesuffix(".weight")
             if rule.map == Transposed():
                 transposed.add(ours)

@@ -30,6 +30,10 @@ class PackedWeight(nn.Module, ABC):
         self.dtype = weight.dtype
         """That of the weight before it was packed."""
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.buffers()).device
+
     @abstractmethod
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """The matrix, unpacked: the definition of the format."""

@@ -68,6 +68,30 @@ class Quantization(Transform):
         return packed
 
 
+@torch.no_grad()
+def unpack(model: M) -> M:
+    """Dense weights again, in place: what was stored, in the dtype from before. For saving in the
+    formats of others; weights that share their packed form share the dense one."""
+    dense: dict[int, nn.Parameter] = {}
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, QuantizedLinear | QuantizedEmbedding):
+            continue
+        packed = layer.weight
+        if id(packed) not in dense:
+            values = packed.dense(packed.dtype).contiguous()
+            dense[id(packed)] = nn.Parameter(values, requires_grad=False)
+        plain: nn.Linear | nn.Embedding
+        if isinstance(layer, QuantizedLinear):
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            if layer.bias is not None:
+                plain.bias = layer.bias
+        else:
+            plain = nn.Embedding(packed.out_features, packed.in_features, device="meta")
+        plain.weight = dense[id(packed)]
+        replace_module(model, name, plain.train(layer.training))
+    return model
+
+
 @dataclass(frozen=True)
 class Grid:
     """w = s c + z for the codes c of a group."""

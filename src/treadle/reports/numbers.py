@@ -75,7 +75,5 @@ def duration(seconds: float) -> str:
 
 
 def energy(joules: float) -> str:
-    if joules < 3600:
-        return f"{plain(joules)} J"
     hours = joules / 3600
     return f"{plain(hours / 1000)} kWh" if hours >= 1000 else f"{plain(hours)} Wh"

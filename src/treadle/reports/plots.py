@@ -63,6 +63,8 @@ def curve_plot(curve: Mapping[str, Any], *, key: str) -> str:
             axes.plot(steps, values, color=RAW, linewidth=0.8)
         axes.plot(steps, ends, color=ACCENT, linewidth=1.6, marker="o" * (len(steps) < 10))
         axes.margins(x=0.02, y=0.08)
+        if curve["metric"] == "lr":
+            axes.set_ylim(bottom=0)
         axes.locator_params(axis="y", nbins=5)
         axes.locator_params(axis="x", nbins=5, integer=True)
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
@@ -85,7 +87,8 @@ def interval_plot(rows: Sequence[Mapping[str, Any]], *, title: str, unit: str, k
             face = "none" if row["baseline"] else colour
             if low is not None and high is not None:
                 axes.plot([factor * low, factor * high], [place] * 2, color=colour, linewidth=2)
-            axes.plot([factor * value], [place], "o", color=colour, markerfacecolor=face)
+            dot = {"color": colour, "markerfacecolor": face, "clip_on": False}
+            axes.plot([factor * value], [place], "o", **dot)
         axes.set_yticks(range(len(rows)), [row["subject"] for row in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)

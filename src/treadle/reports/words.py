@@ -48,9 +48,19 @@ def _accuracy(path: Sequence[Stage], comparison: Comparison | None, who: str) ->
     said += f"; before ({first.subject}) it was {_share(base)}."
     if _problems(first) != _problems(last):
         return [said, "The two were measured on different tasks and do not compare."]
-    if comparison is None:
-        return [said, _overlap(base, final)]
-    return [said, _paired(comparison)]
+    difference = _overlap(base, final) if comparison is None else _paired(comparison)
+    return [said, difference, *_better(measured)]
+
+
+def _better(measured: Sequence[tuple[Stage, Figure]]) -> list[str]:
+    """The best stage, where the last one clearly fell behind it."""
+    last, final = measured[-1]
+    best, top = max(measured, key=lambda pair: pair[1]["value"])
+    if top["low"] is None or final["high"] is None or top["low"] <= final["high"]:
+        return []
+    if _problems(best) != _problems(last):
+        return []
+    return [f"An earlier stage was better: {best.subject} with {_share(top)}."]
 
 
 def _problems(stage: Stage) -> dict[str, int]:
@@ -60,8 +70,8 @@ def _problems(stage: Stage) -> dict[str, int]:
 
 def _paired(c: Comparison) -> str:
     said = (
-        f"On the same {c.n:,} problems, {c.wrong_right:,} wrong answers turned right and "
-        f"{c.right_wrong:,} right ones turned wrong: {numbers.points(c.difference)} points "
+        f"On the same {c.n:,} problems, {c.wrong_right:,} turned from wrong to right and "
+        f"{c.right_wrong:,} from right to wrong: {numbers.points(c.difference)} points "
         f"(95% interval {numbers.points(c.low)} to {numbers.points(c.high)})"
     )
     return said + (", which chance alone may explain." if c.low <= 0 <= c.high else ".")
