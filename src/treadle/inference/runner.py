@@ -1,0 +1,61 @@
+"""The seam between scheduling and arithmetic: what one pass is, and who computes it.
+
+A scheduler decides which tokens of which sequences run and in which pages their keys and values
+lie. A runner owns weights and pages and turns that into logits; it knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """New tokens of some sequences, one sequence after another.
+
+    Token j of sequence i has position `starts[i] + j`. Its key and value go to place
+    `position % page` of page `tables[i][position // page]`, and it sees all that its sequence
+    holds up to itself. Sequences may share pages that lie wholly before their new tokens.
+    """
+
+    tokens: list[int]
+    counts: list[int]
+    """New tokens of each sequence, at least one."""
+    starts: list[int]
+    """Tokens of each sequence that its pages hold already."""
+    tables: list[list[int]]
+    """Pages of each sequence, enough for its new tokens."""
+    outputs: list[int]
+    """How many of the last new tokens of each sequence want logits; 0 while a prompt is unread."""
+
+
+class Runner(ABC):
+    """A model with its pages. Not thread-safe."""
+
+    page: int
+    """Tokens in a page."""
+    pages: int
+    """How many there are; `tables` hold 0 .. pages - 1."""
+    vocab: int
+    context: int
+    """Longest sequence."""
+
+    @abstractmethod
+    def run(self, batch: Batch) -> Float[Tensor, "N V"]:
+        """Store the new tokens' keys and values; float32 logits of the wanted tokens, in order."""
+
+    @abstractmethod
+    def copy(self, source: int, target: int) -> None:
+        """Copy a page, for a sequence that goes its own way from here."""
+
+    @abstractmethod
+    def save(self, page: int) -> Tensor:
+        """A page's content as one tensor, for a store outside."""
+
+    @abstractmethod
+    def load(self, page: int, content: Tensor) -> None:
+        """Put back what `save` gave."""
