@@ -7,12 +7,15 @@ context) are left out, counted, and named in `left_out.json`.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
+from jaxtyping import Float
 from pydantic import Field
+from torch import Tensor
 
-from treadle.alignment.confidence import Certain, Confidence
+from treadle.alignment.confidence import Confidence, Stated
 from treadle.alignment.reference import InitialModel, Reference
 from treadle.alignment.trees import Tree, TreeStream, answer_tree, assemble_trees, extended
 from treadle.core.config import Config
@@ -67,7 +70,7 @@ class Preferences(Source):
     longest: int = Field(512, ge=2)
     """Prompt and answer are cut to this many tokens, or to the model's context."""
     reference: Reference = InitialModel()
-    confidence: Confidence = Certain()
+    confidence: Confidence = Stated()
 
     def open(self, env: Env) -> PreferenceStream:
         return PreferenceStream(self, env)
@@ -81,15 +84,12 @@ class PreferenceStream(TreeStream):
         count, per_step, tokens = config.pairs.count(), config.per_step, config.tokens
         super().__init__(env, count=count, per_step=per_step, tokens=tokens, what="pair")
         self.reference = config.reference(env, self.kept, self.tree, tokens)
-        self.confidence = config.confidence(env, self.kept, self.tree, tokens)
+        records = [config.pairs.pair(i) for i in self.kept]
+        self.margins = margins_of(records)
+        self.confidence = config.confidence(env, records, self.kept, self.tree, tokens)
 
     def tree(self, index: int) -> Tree:
-        pair = self.config.pairs.pair(index)
-        answers = (pair.chosen, pair.rejected)
-        prompt, chosen, rejected = answer_tree(self.env, pair.prompt, answers, self.config.longest)
-        if chosen.tokens == rejected.tokens:
-            raise TreadleError(f"chosen and rejected are the same in longest={self.config.longest}")
-        return [prompt, chosen, rejected]
+        return pair_tree(self.env, self.config.pairs, self.config.longest, index)
 
     def batch(self, trees: list[Tree], places: list[int]) -> PreferenceBatch:
         rows = torch.tensor(places)
@@ -98,7 +98,28 @@ class PreferenceStream(TreeStream):
             assemble_trees(trees),
             reference=None if self.reference is None else self.reference[rows].flatten(),
             confidence=None if self.confidence is None else self.confidence[rows],
+            margins=None if self.margins is None else self.margins[rows],
         )
+
+
+def margins_of(records: Sequence[Preference]) -> Float[Tensor, " P"] | None:
+    """What raters said, 0 where they did not; None where they never did."""
+    if all(r.margin is None for r in records):
+        return None
+    return torch.tensor([r.margin or 0.0 for r in records])
+
+
+def pair_tree(env: Env, pairs: Pairs, longest: int, index: int) -> Tree:
+    """Prompt, chosen answer and rejected answer of a pair.
+
+    Raises:
+        TreadleError: it cannot be learned from.
+    """
+    pair = pairs.pair(index)
+    prompt, chosen, rejected = answer_tree(env, pair.prompt, (pair.chosen, pair.rejected), longest)
+    if chosen.tokens == rejected.tokens:
+        raise TreadleError(f"chosen and rejected are the same in longest={longest}")
+    return [prompt, chosen, rejected]
 
 
 @lru_cache(maxsize=8)

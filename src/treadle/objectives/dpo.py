@@ -59,6 +59,8 @@ class PreferenceBatch(Batch):
     """Log-probability of each sequence under the reference model."""
     confidence: Float[Tensor, " P"] | None = None
     """Probability that the label of each pair is right; None: all are."""
+    margins: Float[Tensor, " P"] | None = None
+    """How much better each chosen answer is, where raters said so."""
 
 
 class Normalise(Config):
