@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from treadle.alignment.verifiers import extract_answer, marks
 from treadle.core.config import Config
 from treadle.data.records import Problem
+from treadle.inference.reasoning.strategy import END_THINK, THINK, private, visible
 
 
 class Reward(Config):
@@ -45,6 +46,24 @@ class AnswerMarked(Reward):
 
     def __call__(self, problem: Problem, completion: str) -> float:
         return float(extract_answer(completion) is not None)
+
+
+class Unmarked(Reward):
+    """1 where the completion never says what its answer is: a cost."""
+
+    def __call__(self, problem: Problem, completion: str) -> float:
+        return float(extract_answer(completion) is None)
+
+
+class PrivatelyReasoned(Reward):
+    """1 where reasoning stands between `<think>` tags and an answer follows them, and no tag is
+    left over."""
+
+    def __call__(self, problem: Problem, completion: str) -> float:
+        once = completion.count(THINK) == completion.count(END_THINK) == 1
+        begins = completion.lstrip().startswith(THINK)
+        said = once and begins and bool(private(completion))
+        return float(said and extract_answer(visible(completion)) is not None)
 
 
 class Part(Config):

@@ -8,11 +8,12 @@ carry no signal and are left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
@@ -76,6 +77,14 @@ class Group:
         return tuple(s.value for s in self.scores)
 
 
+@dataclass(frozen=True)
+class Shaped:
+    """The rewards that a step learns from."""
+
+    rewards: Float[Tensor, "P G"]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
 class RolloutStream(Stream):
     """Its state is how many problems have been drawn: the model's own state makes the rest."""
 
@@ -90,24 +99,25 @@ class RolloutStream(Stream):
         )
 
     def __next__(self) -> Work:
-        redraws = 0
-        while True:
+        return self.step(lambda groups: Shaped(torch.tensor([g.rewards for g in groups])))
+
+    def step(self, shape: Callable[[list[Group]], Shaped]) -> Work:
+        """The next step, with the rewards that `shape` makes of what the verifiers gave."""
+        for redraws in range(REDRAWS):
             groups = self.roll()
-            rewards = torch.tensor([g.rewards for g in groups])
-            advantages = self.config.advantage(rewards)
+            shaped = shape(groups)
+            advantages = self.config.advantage(shaped.rewards)
             useful = [i for i, row in enumerate(advantages) if bool((row != 0).any())]
             # Several processes must stay in step: there, one without a signal adds nothing.
             if useful or self.env.world > 1:
-                break
-            redraws += 1
-            if redraws == REDRAWS:
-                raise TreadleError(
-                    f"the rewards within every group were equal for {REDRAWS} draws of "
-                    f"{self.config.prompts} problems (mean {float(rewards.mean()):.2f}): choose "
-                    "easier or harder problems, raise the temperature, or train on solutions first"
-                )
-        batches = self._batches([groups[i] for i in useful], advantages[useful])
-        return Work(batches, self._metrics(groups, rewards, len(useful), redraws))
+                batches = self._batches([groups[i] for i in useful], advantages[useful])
+                metrics = self._metrics(groups, len(useful), redraws)
+                return Work(batches, {**metrics, **shaped.metrics})
+        raise TreadleError(
+            f"the rewards within every group were equal for {REDRAWS} draws of "
+            f"{self.config.prompts} problems (mean {float(shaped.rewards.mean()):.2f}): choose "
+            "easier or harder problems, raise the temperature, or train on solutions first"
+        )
 
     def roll(self) -> list[Group]:
         """Completions and rewards for this rank's share of the next problems."""
@@ -166,9 +176,8 @@ class RolloutStream(Stream):
             for run in within_budget(sizes, self.config.tokens)
         )
 
-    def _metrics(
-        self, groups: list[Group], rewards: Tensor, useful: int, redraws: int
-    ) -> dict[str, float]:
+    def _metrics(self, groups: list[Group], useful: int, redraws: int) -> dict[str, float]:
+        rewards = torch.tensor([g.rewards for g in groups])
         completions = [c for g in groups for c in g.completions]
         lengths = [len(c.tokens) for c in completions]
         return {

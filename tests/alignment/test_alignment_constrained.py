@@ -1,0 +1,124 @@
+"""Rewards under a limit on cost."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from tiny_generation import byte_tokenizer, tiny_model
+
+from treadle.alignment.constrained import ConstrainedRollouts
+from treadle.alignment.rewards import Reward
+from treadle.alignment.rollouts import Rollouts
+from treadle.data.problems import Problems
+from treadle.data.records import Problem, user
+from treadle.data.source import Env, Source
+from treadle.inference.sampling import Sampling
+from treadle.models.decoder import DecoderModel
+from treadle.objectives.policy import GRPO
+from treadle.optim.adamw import AdamW
+from treadle.optim.schedules import Constant
+from treadle.train.fit import Fit, fit
+from treadle.train.hooks import Hook, StepReport
+from treadle.train.parallel.plan import SingleProcess
+from treadle.train.precision import FP32
+
+TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:"
+
+
+def share(text: str, low: str, high: str) -> float:
+    return sum(low <= c <= high for c in text) / max(1, len(text))
+
+
+class Letters(Problems):
+    """Reward: the share of small letters; the second half of the alphabet is the dangerous one."""
+
+    def problem(self, index: int) -> Problem:
+        return Problem((user(f"write {index}"),), "", "letters")
+
+    def score(self, problem: Problem, completion: str) -> float:
+        danger = share(completion, "n", "z")
+        return 0.5 * share(completion, "a", "m") + danger
+
+
+class Dangerous(Reward):
+    broken: bool = False
+
+    def __call__(self, problem: Problem, completion: str) -> float:
+        if self.broken and len(completion) % 2:
+            raise ValueError("no idea")
+        return share(completion, "n", "z")
+
+
+ROLLOUTS = Rollouts(problems=Letters(), prompts=4, completions=8, sampling=Sampling(max_tokens=8))
+
+
+def env(model: DecoderModel, folder: Path) -> Env:
+    tokenizer = byte_tokenizer().with_template(TEMPLATE)
+    return Env(model=model, tokenizer=tokenizer, scratch=folder)
+
+
+class Costs(Hook):
+    def __init__(self) -> None:
+        self.cost: list[float] = []
+        self.reward: list[float] = []
+
+    def on_step(self, report: StepReport) -> None:
+        self.cost.append(report.metrics["cost"])
+        self.reward.append(report.metrics["reward"])
+
+
+def train(source: Source, folder: Path, steps: int) -> Costs:
+    model, costs, plan = tiny_model(), Costs(), SingleProcess()
+    fit(
+        model,
+        source.open(env(model, folder)),
+        GRPO(),
+        optimizer=AdamW(lr=1e-2),
+        schedule=Constant(),
+        config=Fit(steps=steps, precision=FP32()),
+        plan=plan,
+        world=plan.setup("cpu"),
+        folder=folder / "checkpoints",
+        hooks=[costs],
+    )
+    return costs
+
+
+def test_cost_is_held_under_its_limit(tmp_path: Path) -> None:
+    """Without the constraint the dangerous letters win, since they pay twice as much."""
+    source = ConstrainedRollouts(rollouts=ROLLOUTS, cost=Dangerous(), limit=0.2, rate=0.3)
+    held = train(source, tmp_path / "held", 60)
+    free = train(source.replace(multiplier=1e-9, rate=1e-9), tmp_path / "free", 40)
+    assert sum(free.cost[-3:]) / 3 > 0.5
+    assert sum(held.cost[-10:]) / 10 < 0.25
+    assert sum(held.reward[-10:]) > sum(held.reward[:10])
+
+
+def test_the_multiplier_and_the_rewards(tmp_path: Path) -> None:
+    source = ConstrainedRollouts(
+        rollouts=ROLLOUTS, cost=Dangerous(), limit=0.5, rate=0.2, multiplier=2.0
+    )
+    stream = source.open(env(tiny_model(), tmp_path))
+    groups = stream.rollouts.roll()
+    shaped = stream._shaped(groups)
+    for row, group in zip(shaped.rewards, groups, strict=True):
+        for value, completion in zip(row, group.completions, strict=True):
+            r = Letters().score(group.problem, completion.text)
+            assert float(value) == pytest.approx((r - 2 * share(completion.text, "n", "z")) / 3)
+    expected = 2 * math.exp(0.2 * (shaped.metrics["cost"] - 0.5) / 0.5)
+    assert stream.multiplier == pytest.approx(expected)
+    again = source.open(env(tiny_model(), tmp_path))
+    again.restore(stream.state())
+    assert again.multiplier == stream.multiplier
+
+
+def test_costs_that_fail_count_as_the_highest(tmp_path: Path) -> None:
+    source = ConstrainedRollouts(rollouts=ROLLOUTS, cost=Dangerous(broken=True), limit=0.5)
+    stream = source.open(env(tiny_model(), tmp_path))
+    groups = stream.rollouts.roll()
+    shaped = stream._shaped(groups)
+    odd = [len(c.text) % 2 for g in groups for c in g.completions]
+    assert shaped.metrics["costs_failed"] == sum(odd) > 0
+    assert shaped.metrics["cost"] >= sum(odd) / len(odd)
