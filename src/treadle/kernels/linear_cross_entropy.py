@@ -21,6 +21,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from treadle.core.cards import Card
+
+CARD = Card(
+    id="arch.fused",
+    paper="Hsu et al. 2024, Liger kernels, arXiv:2410.10989",
+    summary="RMSNorm, gate, rotation and head with loss that keep no intermediate results.",
+    recipe="treadle run quickstart",
+    oracle="tests/kernels/test_kernels_linear_cross_entropy.py::test_linear_cross_entropy_and_gradients",
+)
 CHUNK_ELEMENTS = 16 * 2**20
 """Logits held at once: 64 MiB in fp32."""
 
