@@ -113,6 +113,10 @@ class AdapterLayer(nn.Module, ABC):
         return (p for name, p in self.named_parameters() if not name.startswith("base."))
 
 
+class Added(nn.Module):
+    """A mix-in of modules that a transform adds beside the model's own layers, to be trained."""
+
+
 class LinearAdapter(AdapterLayer, LinearLike):
     """An adapter on a linear layer, plain, quantised or of any other make."""
 
@@ -179,8 +183,9 @@ def adapted(model: nn.Module) -> dict[str, AdapterLayer]:
 
 
 def freeze(model: nn.Module) -> None:
-    """Let nothing train but the adapters."""
+    """Let nothing train but the adapters, and what transforms have added."""
     trained = {id(p) for layer in adapted(model).values() for p in layer.trained()}
+    trained |= {id(p) for m in model.modules() if isinstance(m, Added) for p in m.parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
 

@@ -95,9 +95,9 @@ def load_adapter(model: DecoderModel, folder: StrPath) -> DecoderModel:
         TreadleError: no such folder, or only a pickle.
     """
     folder = Path(folder)
-    fields = _read_config(folder)
+    fields = read_config(folder)
     kind = _kind(fields)
-    tensors, probe = _read_weights(folder)
+    tensors, probe = read_weights(folder)
     names = names_of(model)
     parts = _sort(tensors, names, folder, str(fields.get("base_model_name_or_path")))
     _check_targets(fields, [names.theirs(name) for name in parts], names, folder)
@@ -114,7 +114,7 @@ def load_adapter(model: DecoderModel, folder: StrPath) -> DecoderModel:
             table = parts[name].pop(BASE_TABLE, None)
             _fill(layer, parts[name], f"{folder}: {names.theirs(name)}")
             if table is not None:
-                _check_base(layer, _sample(table), folder)
+                _check_base(layer, sample(table), folder)
         if probe:
             values = torch.tensor(probe["values"])
             _check_base(layers[names.ours_by_theirs[probe["module"]]], values, folder)
@@ -127,10 +127,10 @@ def load_adapter(model: DecoderModel, folder: StrPath) -> DecoderModel:
 def _probe(layer: AdapterLayer) -> Float[Tensor, " n"]:
     """A few numbers of the base of an adapter."""
     base = layer.base
-    return _sample(base.weight if isinstance(base, nn.Embedding) else weight_of(base))
+    return sample(base.weight if isinstance(base, nn.Embedding) else weight_of(base))
 
 
-def _sample(weight: Tensor) -> Float[Tensor, " n"]:
+def sample(weight: Tensor) -> Float[Tensor, " n"]:
     """Evenly spaced numbers of a weight."""
     places = torch.arange(PROBE_SIZE) * (weight.numel() - 1) // (PROBE_SIZE - 1)
     return weight.detach().flatten().cpu()[places].float()
@@ -145,7 +145,7 @@ def _check_base(layer: AdapterLayer, theirs: Float[Tensor, " n"], folder: Path) 
         )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
     if not file.is_file():
         raise TreadleError(f"{folder}: no {CONFIG}; name a folder that holds an adapter")
@@ -158,7 +158,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return fields
 
 
-def _read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     file = folder / WEIGHTS
     if not file.is_file():
         raise TreadleError(f"{folder}: no {WEIGHTS}; a pickle (adapter_model.bin) is never loaded")
