@@ -10,7 +10,7 @@ one new file: its config, its layer, its formula.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
@@ -52,10 +52,15 @@ class Adapter(Transform):
                     "other targets"
                 )
         layers = {name: self.wrap(name, base) for name, base in found.items()}
+        self.share(tuple(layers.values()))
         for name, layer in layers.items():
             replace_module(model, name, layer)
         freeze(model)
         return model
+
+    def share(self, layers: Sequence[AdapterLayer]) -> None:
+        """Tie what the new layers have in common; as a rule nothing."""
+        return
 
     @abstractmethod
     def wrap(self, name: str, base: nn.Module) -> AdapterLayer:
@@ -92,8 +97,10 @@ class AdapterLayer(nn.Module, ABC):
         super().__init__()
         self.base, self.config, self.enabled = base, config, True
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.adapted(x) if self.enabled else self.base(x)
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        compute: Any = self.adapted if self.enabled else self.base
+        y: Tensor = compute(x, *rest)  # a mixer also takes its context
+        return y
 
     @abstractmethod
     def adapted(self, x: Tensor) -> Tensor:

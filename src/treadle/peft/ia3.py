@@ -23,7 +23,7 @@ from treadle.peft.adapter import Adapter, AdapterLayer, LinearAdapter, device_of
 CARD = Card(
     id="ft.adapter",
     paper="Liu et al. 2022, (IA)^3, arXiv:2205.05638",
-    summary="(IA)^3: learned factors on keys, values and hidden units. Bottlenecks are to come.",
+    summary="(IA)^3: learned factors on keys, values and hidden units..",
     recipe="treadle run quickstart 'steps.1.transforms=[{kind: IA3}]' steps.1.optimizer.lr=0.02",
     oracle="tests/peft/test_peft_ia3.py::test_matches_peft",
 )
