@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -39,7 +39,8 @@ def merge(
 
     known = named_methods()
     if method.startswith("{"):
-        chosen = from_yaml(method, expect=MergeMethod, name="--method")
+        shape: Any = MergeMethod
+        chosen = from_yaml(method, expect=shape, name="--method")
     elif method in known:
         chosen = known[method]
     else:

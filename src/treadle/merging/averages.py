@@ -58,4 +58,5 @@ class Slerp(MergeMethod):
             return u.lerp(v, self.t)
         phi = cosine.arccos()
         first, second = ((1 - self.t) * phi).sin() / phi.sin(), (self.t * phi).sin() / phi.sin()
-        return (first * u + second * v).to(u.dtype)
+        merged: Tensor = first * u + second * v
+        return merged.to(u.dtype)
