@@ -32,6 +32,10 @@ class Adapter(Transform):
     """Its name in PEFT's adapter_config.json."""
     module_fields: ClassVar[tuple[str, ...]] = ()
     """Fields of that file that choose modules, besides its targets."""
+    peft_flags: ClassVar[tuple[str, ...]] = ()
+    """Fields of that file that are true for this variant of `peft_type`."""
+    kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, LinearLike, nn.Embedding)
+    """What its targets are looked for among."""
 
     def __call__(self, model: M) -> M:
         """The model with each target wrapped.
@@ -40,8 +44,7 @@ class Adapter(Transform):
             ConfigError: a target matches nothing, or a layer that has an adapter already.
         """
         owner = type(self).__name__
-        kinds = (nn.Linear, LinearLike, nn.Embedding)
-        found = match_modules(model, self.targets, kinds, owner=owner)
+        found = match_modules(model, self.targets, self.kinds, owner=owner)
         for name in adapted(model):
             if name in found or f"{name}.base" in found:
                 raise ConfigError(
@@ -266,3 +269,8 @@ def _refuse_shared(model: nn.Module) -> None:
                     f"`{others[0].removesuffix('.base')}`; save the adapter by itself, or adapt a "
                     "model whose head is not tied"
                 )
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a layer's weights are, packed or not."""
+    return next(iter((*module.parameters(), *module.buffers()))).device

@@ -96,7 +96,7 @@ def load_adapter(model: DecoderModel, folder: StrPath) -> DecoderModel:
     """
     folder = Path(folder)
     fields = _read_config(folder)
-    kind = _kind(str(fields.get("peft_type")))
+    kind = _kind(fields)
     tensors, probe = _read_weights(folder)
     names = names_of(model)
     parts = _sort(tensors, names, folder, str(fields.get("base_model_name_or_path")))
@@ -172,16 +172,17 @@ def _read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | Non
     return tensors, probe
 
 
-def _kind(peft_type: str) -> type[Adapter]:
-    """The adapter of this name in PEFT, wherever it is defined."""
+def _kind(fields: Mapping[str, Any]) -> type[Adapter]:
+    """The adapter that PEFT describes by these fields, wherever it is defined."""
     shape: Any = Adapter
     classes = [registry.resolve(name, shape) for name in registry.kinds_of(shape)]
-    kinds: dict[str, type[Adapter]] = {c.peft_type: c for c in classes}
-    if peft_type not in kinds:
+    peft_type = str(fields.get("peft_type"))
+    if peft_type not in (known := {c.peft_type for c in classes}):
         raise ConfigError(
-            f"{CONFIG}: unknown peft_type {peft_type!r}{did_you_mean(peft_type, kinds)}"
+            f"{CONFIG}: unknown peft_type {peft_type!r}{did_you_mean(peft_type, known)}"
         )
-    return kinds[peft_type]
+    found = [c for c in classes if c.peft_type == peft_type and all(map(fields.get, c.peft_flags))]
+    return max(found, key=lambda c: len(c.peft_flags))
 
 
 def _sort(

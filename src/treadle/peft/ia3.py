@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from treadle.core.cards import Card
 from treadle.core.errors import ConfigError
 from treadle.nn.linear import LinearLike, bias_of, weight_of
-from treadle.peft.adapter import Adapter, AdapterLayer, LinearAdapter
+from treadle.peft.adapter import Adapter, AdapterLayer, LinearAdapter, device_of
 
 CARD = Card(
     id="ft.adapter",
@@ -61,8 +61,7 @@ class IA3Linear(LinearAdapter):
         self.inputs = inputs
         self.peft_fields = ("feedforward_modules",) if inputs else ()
         width = base.in_features if inputs else base.out_features
-        device = next(iter((*base.parameters(), *base.buffers()))).device
-        self.factor = nn.Parameter(torch.ones(width, device=device))
+        self.factor = nn.Parameter(torch.ones(width, device=device_of(base)))
 
     def adapted(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         if self.inputs:
