@@ -8,7 +8,15 @@ import pytest
 import torch
 from tiny_generation import byte_tokenizer, tiny_model
 
-from treadle.alignment.advantages import GroupCentred, GroupNormalised, LeaveOneOut
+from treadle.alignment.advantages import (
+    BatchNormalised,
+    GroupCentred,
+    GroupCentredBatchNormalised,
+    GroupNormalised,
+    LeaveOneOut,
+)
+from treadle.alignment.frozen import FrozenCopy
+from treadle.alignment.rewards import Part, Reward, Weighted
 from treadle.alignment.rollouts import Rollouts
 from treadle.core.errors import TreadleError
 from treadle.data.problems import Interleaved, Problems
@@ -16,6 +24,7 @@ from treadle.data.records import Problem, user
 from treadle.data.source import Env
 from treadle.inference.sampling import Sampling
 from treadle.models.decoder import DecoderModel
+from treadle.objectives.kl import K2
 from treadle.objectives.policy import GRPO
 from treadle.optim.adamw import AdamW
 from treadle.optim.schedules import Constant
@@ -71,6 +80,100 @@ def test_advantages_closed_forms() -> None:
     assert float(loo[2, 0]) == -1.0
     # Leave-one-out is the centred advantage times G / (G - 1).
     torch.testing.assert_close(loo, centred * 4 / 3)
+
+
+def test_advantages_over_the_batch_match_the_paper() -> None:
+    """REINFORCE++ and its baseline form, in float64."""
+    rewards = torch.tensor([[0.0, 1.0, 1.0, 0.0], [2.0, 2.0, 2.0, 2.0], [0.0, 0.0, 0.0, 3.0]])
+    r = rewards.numpy().astype("float64")
+    whole = (r - r.mean()) / r.std(ddof=1)
+    torch.testing.assert_close(BatchNormalised()(rewards), torch.tensor(whole).float())
+    centred = r - r.mean(-1, keepdims=True)
+    based = torch.tensor(centred / centred.std(ddof=1)).float()
+    torch.testing.assert_close(GroupCentredBatchNormalised()(rewards), based)
+    same = torch.ones(2, 3)
+    assert float(BatchNormalised()(same).abs().max()) == 0.0
+    assert float(GroupCentredBatchNormalised()(same).abs().max()) == 0.0
+
+
+def test_the_reference_is_the_model_as_it_was(tmp_path: Path) -> None:
+    """Its log-probabilities equal those of sampling at first, and stay as the model moves."""
+    model = tiny_model()
+    sampling = Sampling(max_tokens=6, temperature=0.8)
+    source = Rollouts(
+        problems=Letters(), prompts=2, completions=4, sampling=sampling, reference=FrozenCopy()
+    )
+    stream = source.open(env(model, tmp_path))
+    first = next(stream).batches[0]
+    torch.testing.assert_close(first.reference, first.behaviour, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.3)
+    second = next(stream).batches[0]
+    assert (second.reference - second.behaviour).abs().max() > 0.1
+    output = GRPO(beta=0.1, kl=K2())(model, second)
+    assert float(output.metrics["kl"]) > 0
+    plain = Rollouts(problems=Letters(), prompts=2, completions=4, sampling=sampling)
+    with pytest.raises(TreadleError, match="asks for a reference"):
+        GRPO(beta=0.1)(model, next(plain.open(env(model, tmp_path))).batches[0])
+
+
+class Faulty(Reward):
+    """Fails in a way of its own for some letters at the start."""
+
+    always: bool = False
+
+    def __call__(self, problem: Problem, completion: str) -> float:
+        kind = ord(completion[0]) % 4 if completion and not self.always else 0
+        if kind == 0:
+            raise ZeroDivisionError("oops")
+        if kind == 1:
+            while True:
+                pass
+        return float("nan") if kind == 2 else 1.0
+
+
+def test_failing_verifiers_are_counted(tmp_path: Path) -> None:
+    parts = (Part(name="sane", reward=Constantly()), Part(name="mad", reward=Faulty()))
+    source = Rollouts(
+        problems=Letters(),
+        prompts=2,
+        completions=8,
+        sampling=Sampling(max_tokens=4),
+        reward=Weighted(parts=parts),
+        patience=0.05,
+    )
+    metrics = next(source.open(env(tiny_model(), tmp_path))).metrics
+    assert 0 < metrics["rewards_failed"] < 16
+    assert metrics["reward_sane"] == 0.5
+    assert metrics["reward_mad"] == 1.0
+    broken = source.replace(reward=Faulty(always=True))
+    with pytest.raises(
+        TreadleError, match=r"failed for all 16 completions.*ZeroDivisionError: oops"
+    ):
+        next(broken.open(env(tiny_model(), tmp_path)))
+
+
+class Constantly(Reward):
+    def __call__(self, problem: Problem, completion: str) -> float:
+        return 0.5
+
+
+class Long(Letters):
+    """Every other prompt is too long for the model."""
+
+    every: int = 2
+
+    def problem(self, index: int) -> Problem:
+        words = "long " * (40 if index % self.every == 0 else 1)
+        return Problem((user(words),), self.letters, "letters")
+
+
+def test_prompts_that_fill_the_context_are_counted(tmp_path: Path) -> None:
+    source = Rollouts(problems=Long(), prompts=4, completions=8, sampling=Sampling(max_tokens=4))
+    assert next(source.open(env(tiny_model(), tmp_path))).metrics["prompts_too_long"] == 2
+    with pytest.raises(TreadleError, match="all 4 problems of a step fill the model's context"):
+        next(source.replace(problems=Long(every=1)).open(env(tiny_model(), tmp_path)))
 
 
 class Rewards(Hook):

@@ -1,135 +1,184 @@
-"""DPO against the paper's formula on separate sequences; learning through the source."""
+"""DPO and its relatives against TRL's own loss functions, values and gradients."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections.abc import Callable
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
-from tiny_generation import byte_tokenizer, tiny_model
+from pair_rows import (
+    PAIRS,
+    answer_logprobs,
+    moved,
+    outputs_of,
+    padded_logprobs,
+    padded_mask,
+    pair_batch,
+)
+from tiny_generation import tiny_model
 
-from treadle.alignment.preferences import PairFiles, Preferences
 from treadle.core.errors import TreadleError
-from treadle.data.source import Env
-from treadle.data.split import LeakFreeSplit
 from treadle.models.decoder import DecoderModel
-from treadle.objectives.dpo import DPO
-from treadle.optim.adamw import AdamW
-from treadle.optim.schedules import Constant
-from treadle.train.fit import Fit, fit
-from treadle.train.hooks import Hook, StepReport
-from treadle.train.parallel.plan import SingleProcess
-from treadle.train.precision import FP32
+from treadle.objectives.dpo import (
+    DPO,
+    AgainstComplement,
+    Averaged,
+    Hinge,
+    Logistic,
+    RobustLogistic,
+    cpo,
+    ipo,
+    orpo,
+    simpo,
+)
 
-WORDS = ("tea", "milk", "bread", "honey")
-
-
-def source(tmp_path: Path, rows: list[dict[str, str]] | None = None, **changes) -> Preferences:
-    rows = rows or [
-        {"prompt": f"do you like {w}?", "chosen": f"yes, {w}", "rejected": f"no {w} at all"}
-        for w in WORDS
-    ]
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    pairs = PairFiles(path=str(path), parts=LeakFreeSplit(validation=0, test=0))
-    return Preferences(pairs=pairs, per_step=4, **changes)
+Oracle = Callable[[DecoderModel], torch.Tensor]
 
 
-def env(model: DecoderModel, tmp_path: Path) -> Env:
-    template = (
-        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}"
-        "{% if add_generation_prompt %}a:{% endif %}"
-    )
-    return Env(model=model, tokenizer=byte_tokenizer().with_template(template), scratch=tmp_path)
+def trl_dpo(kind: str, *, beta: float, smoothing: float = 0.0) -> Oracle:
+    """TRL's trainer method on a stand-in trainer; its model gives our separate rows' numbers."""
+
+    def loss(model: DecoderModel) -> torch.Tensor:
+        trl = pytest.importorskip("trl.trainer.dpo_trainer")
+        trainer = MagicMock()
+        trainer.aux_loss_enabled = trainer.use_weighting = False
+        trainer.ld_alpha, trainer.precompute_ref_logps = None, True
+        trainer.f_divergence_type, trainer.loss_types, trainer.loss_weights = (
+            "reverse_kl",
+            [kind],
+            [1.0],
+        )
+        trainer.beta, trainer.label_smoothing = beta, smoothing
+        trainer.accelerator.device = "cpu"
+        trainer.accelerator.gather_for_metrics = lambda x: x
+        with torch.no_grad():
+            reference = padded_logprobs(tiny_model()).sum(-1)
+        mask = padded_mask()
+        chosen, rejected = reference.chunk(2)
+        inputs = {
+            "input_ids": torch.zeros_like(mask),
+            "attention_mask": torch.ones_like(mask),
+            "completion_mask": mask,
+            "ref_chosen_logps": chosen,
+            "ref_rejected_logps": rejected,
+        }
+        outputs = outputs_of(padded_logprobs(model))
+        result: torch.Tensor = trl.DPOTrainer._compute_loss(
+            trainer, lambda **_: outputs, inputs, False
+        )
+        return result
+
+    return loss
 
 
-def moved(seed: int = 3) -> DecoderModel:
-    """The model some way off its reference."""
-    model = tiny_model()
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
+def trl_cpo(kind: str, *, beta: float, averaged: bool, smoothing: float = 0.0, **more) -> Oracle:
+    def loss(model: DecoderModel) -> torch.Tensor:
+        trl = pytest.importorskip("trl.experimental.cpo.cpo_trainer")
+        trainer = SimpleNamespace(
+            alpha=0.0,
+            loss_type=kind,
+            beta=beta,
+            label_smoothing=smoothing,
+            simpo_gamma=more.get("gamma"),
+            accelerator=SimpleNamespace(device="cpu"),
+        )
+        rows = padded_logprobs(model)
+        if more.get("referenced"):
+            rows = rows - padded_logprobs(tiny_model()).detach()
+        lengths = padded_mask().sum(-1) if averaged else 1
+        chosen, rejected = (rows.sum(-1) / lengths).chunk(2)
+        losses: torch.Tensor = trl.CPOTrainer.cpo_loss(trainer, chosen, rejected)[0]
+        return losses.mean() + more.get("anchor", 0.0) * chosen_nll(model)
+
+    return loss
 
 
-def row_logprobs(model: DecoderModel, prompt: list[int], answer: list[int]) -> torch.Tensor:
-    logits = model.logits(model(torch.tensor(prompt + answer)))
-    logp = logits.log_softmax(-1)[len(prompt) - 1 : -1]
-    return logp.gather(-1, torch.tensor(answer)[:, None]).sum()
+def trl_orpo(weight: float) -> Oracle:
+    def loss(model: DecoderModel) -> torch.Tensor:
+        trl = pytest.importorskip("trl.experimental.orpo.orpo_trainer")
+        trainer = SimpleNamespace(beta=weight, accelerator=SimpleNamespace(device="cpu"))
+        chosen, rejected = (padded_logprobs(model).sum(-1) / padded_mask().sum(-1)).chunk(2)
+        losses: torch.Tensor = trl.ORPOTrainer.odds_ratio_loss(trainer, chosen, rejected)[0]
+        return chosen_nll(model) - losses.mean()
+
+    return loss
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_loss_and_gradients_match_separate_sequences(smoothing: float, tmp_path: Path) -> None:
-    """Each answer after its own copy of the prompt, put into the formula term by term."""
-    beta = 0.3
-    stream = source(tmp_path).open(env(tiny_model(), tmp_path))
-    (batch,) = next(stream).batches
+def chosen_nll(model: DecoderModel) -> torch.Tensor:
+    """Cross-entropy over the tokens of all chosen answers."""
+    return -torch.cat([answer_logprobs(model, p, a) for p, a, _ in PAIRS]).mean()
+
+
+CASES = {
+    "dpo": (DPO(beta=0.3), trl_dpo("sigmoid", beta=0.3)),
+    "cdpo": (
+        DPO(beta=0.3, link=Logistic(label_smoothing=0.1)),
+        trl_cpo("sigmoid", beta=0.3, averaged=False, smoothing=0.1, referenced=True),
+    ),
+    "robust": (
+        DPO(beta=0.3, link=RobustLogistic(flipped=0.2)),
+        trl_dpo("robust", beta=0.3, smoothing=0.2),
+    ),
+    "ipo": (ipo(0.3), trl_dpo("ipo", beta=0.3)),
+    "slic": (DPO(beta=0.3, link=Hinge()), trl_dpo("hinge", beta=0.3)),
+    "averaged": (DPO(beta=2.0, normalise=Averaged()), trl_dpo("sigmoid_norm", beta=2.0)),
+    "simpo": (simpo(2.0, 0.8), trl_cpo("simpo", beta=2.0, averaged=True, gamma=0.8)),
+    "cpo": (cpo(0.3), trl_cpo("sigmoid", beta=0.3, averaged=False, anchor=1.0)),
+    "orpo": (orpo(0.2), trl_orpo(0.2)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_and_gradients_match_trl(name: str) -> None:
+    """Ours on trees that share the prompt, TRL's on separate rows."""
+    objective, oracle = CASES[name]
     ours, theirs = moved(), moved()
-    output = DPO(beta=beta, label_smoothing=smoothing)(ours, batch)
+    output = objective(ours, pair_batch())
     loss = output.total / output.weight
     loss.backward()
-
-    losses = []
-    for index in range(4):
-        prompt, chosen, rejected = (list(p.tokens) for p in stream.tree(index))
-        with torch.no_grad():
-            reference = [row_logprobs(tiny_model(), prompt, a) for a in (chosen, rejected)]
-        policy = [row_logprobs(theirs, prompt, a) for a in (chosen, rejected)]
-        losses.append(formula(policy, reference, beta, smoothing))
-    expected = torch.stack(losses).mean()
+    expected = oracle(theirs)
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
-    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5, msg=name)
+    for (n, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5, msg=n)
 
 
-def formula(policy, reference, beta: float, smoothing: float) -> torch.Tensor:
-    """Equation 7 of Rafailov et al.; with smoothing, equation 3 of Mitchell's note."""
-    delta = (policy[0] - reference[0]) - (policy[1] - reference[1])
-    log = torch.nn.functional.logsigmoid
-    return -log(beta * delta) * (1 - smoothing) - log(-beta * delta) * smoothing
+def test_robust_loss_is_unbiased_under_flips() -> None:
+    """Its expectation over labels flipped at the rate eps is the clean loss."""
+    z = torch.linspace(-4, 4, 33, dtype=torch.float64)
+    eps = 0.3
+    link = RobustLogistic(flipped=eps)
+    expected = (1 - eps) * link(z, 1.0) + eps * link(-z, 1.0)
+    torch.testing.assert_close(expected, Logistic()(z, 1.0))
 
 
-class Accuracies(Hook):
-    def __init__(self) -> None:
-        self.seen: list[float] = []
-
-    def on_step(self, report: StepReport) -> None:
-        self.seen.append(report.metrics["accuracy"])
-
-
-def test_preferences_are_learned_and_the_reference_is_kept(tmp_path: Path) -> None:
-    model, accuracies = tiny_model(), Accuracies()
-    plan = SingleProcess()
-    stream = source(tmp_path).open(env(model, tmp_path))
-    kept = (tmp_path / "reference.safetensors").read_bytes()
-    fit(
-        model,
-        stream,
-        DPO(),
-        optimizer=AdamW(lr=3e-3),
-        schedule=Constant(),
-        config=Fit(steps=12, precision=FP32()),
-        plan=plan,
-        world=plan.setup("cpu"),
-        folder=tmp_path / "checkpoints",
-        hooks=[accuracies],
-    )
-    assert accuracies.seen[0] == 0.0  # margins start at zero
-    assert accuracies.seen[-1] == 1.0
-    source(tmp_path).open(env(model, tmp_path))
-    assert (tmp_path / "reference.safetensors").read_bytes() == kept
+def test_confidence_of_smoothing_is_label_smoothing() -> None:
+    batch = pair_batch()
+    eps = 0.2
+    sure = extended_with(batch, 1.0)
+    torch.testing.assert_close(DPO()(moved(), sure).total, DPO()(moved(), batch).total)
+    smoothed = DPO(link=Logistic(label_smoothing=eps))(moved(), batch).total
+    torch.testing.assert_close(DPO()(moved(), extended_with(batch, 1 - eps)).total, smoothed)
 
 
-@pytest.mark.parametrize(
-    ("row", "changes", "message"),
-    [
-        ({"prompt": "x", "chosen": "same", "rejected": "same"}, {}, "pair 0.*are the same"),
-        ({"prompt": "long " * 9, "chosen": "a", "rejected": "b"}, {"longest": 20}, "no room"),
-    ],
-)
-def test_bad_pairs(row, changes, message: str, tmp_path: Path) -> None:
-    with pytest.raises(TreadleError, match=message):
-        source(tmp_path, [row], **changes).open(env(tiny_model(), tmp_path))
+def extended_with(batch, confidence: float):
+    fields = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
+    return type(batch)(**fields | {"confidence": torch.full((len(PAIRS),), confidence)})
+
+
+def test_complement_of_a_certain_answer_is_finite() -> None:
+    logp = torch.tensor([0.0, -1e-9, -40.0], requires_grad=True)
+    odds = AgainstComplement()(logp, None)
+    odds.sum().backward()
+    assert odds.isfinite().all()
+    assert logp.grad is not None
+    assert logp.grad.isfinite().all()
+
+
+def test_a_missing_reference_is_named() -> None:
+    batch = pair_batch(reference=False)
+    assert simpo()(tiny_model(), batch).total.isfinite()
+    with pytest.raises(TreadleError, match="the source computes none"):
+        DPO()(tiny_model(), batch)

@@ -3,6 +3,10 @@
 group-normalised   A = (r - mean) / (std + eps)              GRPO, arXiv:2402.03300
 group-centred      A = r - mean                              Dr. GRPO, arXiv:2503.20783
 leave-one-out      A = r - mean of the others                RLOO, arXiv:2402.14740
+batch-normalised   A = (r - mean) / std, of the batch        REINFORCE++, arXiv:2501.03262
+centred in groups, then divided by the batch's std           REINFORCE++-baseline, ibid.
+
+With several processes the batch is what one of them has.
 """
 
 from __future__ import annotations
@@ -47,3 +51,22 @@ class LeaveOneOut(Advantage):
         group = rewards.shape[-1]
         others = (rewards.sum(-1, keepdim=True) - rewards) / (group - 1)
         return rewards - others
+
+
+class BatchNormalised(Advantage):
+    """Against all completions of the step, whatever their prompts."""
+
+    eps: float = 1e-8
+
+    def __call__(self, rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
+        return (rewards - rewards.mean()) / (rewards.std() + self.eps)
+
+
+class GroupCentredBatchNormalised(Advantage):
+    """Against the group, in units of the step's standard deviation."""
+
+    eps: float = 1e-8
+
+    def __call__(self, rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
+        centred = rewards - rewards.mean(-1, keepdim=True)
+        return centred / (centred.std() + self.eps)

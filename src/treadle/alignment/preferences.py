@@ -1,34 +1,31 @@
 """Preference pairs as batches: the prompt once, both answers as its children.
 
-The log-probabilities of all answers under the reference, which is the model as the run finds it,
-are computed once and kept beside the run.
+Pairs that cannot be learned from (both answers the same or empty, a prompt that fills the
+context) are left out, counted, and named in `left_out.json`.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from pydantic import Field
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from treadle.alignment.confidence import Confidence, Stated
+from treadle.alignment.reference import InitialModel, Reference
+from treadle.alignment.trees import Tree, TreeStream, answer_tree, assemble_trees, extended
 from treadle.core.config import Config
 from treadle.core.errors import TreadleError
-from treadle.core.files import atomic_file
-from treadle.data.batch import Batch, Piece, assemble, within_budget
 from treadle.data.formats import Format
-from treadle.data.order import Order, Place
 from treadle.data.records import Preference
-from treadle.data.source import Env, Source, Stream, Work
+from treadle.data.source import Env, Source
 from treadle.data.split import LeakFreeSplit, Part
 from treadle.data.spool import Records, open_records
-from treadle.objectives.dpo import PreferenceBatch, sequence_logprobs
-from treadle.tokenizers.chat import LastTurn, encode_chat, encode_prompt
+from treadle.objectives.dpo import PreferenceBatch
 
 
 class Pairs(Config):
@@ -71,94 +68,58 @@ class Preferences(Source):
     tokens: int = Field(4096, ge=8)
     """Most tokens in a micro-batch."""
     longest: int = Field(512, ge=2)
-    """Prompt and answer are cut to this many tokens; pairs left without an answer are an error."""
+    """Prompt and answer are cut to this many tokens, or to the model's context."""
+    reference: Reference = InitialModel()
+    confidence: Confidence = Stated()
 
     def open(self, env: Env) -> PreferenceStream:
         return PreferenceStream(self, env)
 
 
-class PreferenceStream(Stream):
-    """Its state is the place in the order of pairs."""
+class PreferenceStream(TreeStream):
+    """Pairs as trees of a prompt, the chosen answer and the rejected one."""
 
     def __init__(self, config: Preferences, env: Env) -> None:
-        self.config, self.env = config, env
-        self.order, self.place = Order(config.pairs.count(), env.seed), Place()
-        self.reference = self._reference()
+        self.config = config
+        count, per_step, tokens = config.pairs.count(), config.per_step, config.tokens
+        super().__init__(env, count=count, per_step=per_step, tokens=tokens, what="pair")
+        self.reference = config.reference(env, self.kept, self.tree, tokens)
+        records = [config.pairs.pair(i) for i in self.kept]
+        self.margins = margins_of(records)
+        self.confidence = config.confidence(env, records, self.kept, self.tree, tokens)
 
-    def __next__(self) -> Work:
-        mine = self.order.take(
-            self.place, self.config.per_step, rank=self.env.rank, world=self.env.world
+    def tree(self, index: int) -> Tree:
+        return pair_tree(self.env, self.config.pairs, self.config.longest, index)
+
+    def batch(self, trees: list[Tree], places: list[int]) -> PreferenceBatch:
+        rows = torch.tensor(places)
+        return extended(
+            PreferenceBatch,
+            assemble_trees(trees),
+            reference=None if self.reference is None else self.reference[rows].flatten(),
+            confidence=None if self.confidence is None else self.confidence[rows],
+            margins=None if self.margins is None else self.margins[rows],
         )
-        self.place = self.order.after(self.place, self.config.per_step)
-        trees = [self.tree(i) for i in mine]
-        batches = []
-        for run in within_budget([_size(t) for t in trees], self.config.tokens):
-            batch = assemble_trees([trees[i] for i in run])
-            numbers = torch.tensor([mine[i] for i in run])
-            fields = {name: getattr(batch, name) for name in Batch.__dataclass_fields__}
-            reference = self.reference[numbers].flatten()
-            batches.append(PreferenceBatch(**fields, reference=reference))
-        return Work(tuple(batches))
-
-    def tree(self, index: int) -> list[Piece]:
-        """Prompt, chosen answer and rejected answer of a pair.
-
-        Raises:
-            TreadleError: an answer is empty after truncation, or both are the same.
-        """
-        pair = self.config.pairs.pair(index)
-        messages = [m.plain() for m in pair.prompt]
-        prompt = encode_prompt(self.env.tokenizer, messages)
-        answers = []
-        for answer in (pair.chosen, pair.rejected):
-            chat = [*messages, *(m.plain() for m in answer)]
-            ids = encode_chat(self.env.tokenizer, chat, turns=LastTurn()).ids
-            answers.append(ids[len(prompt) : self.config.longest])
-        if not all(answers):
-            raise TreadleError(
-                f"pair {index}: its prompt has {len(prompt)} tokens, which leaves no room for an "
-                f"answer in longest={self.config.longest}: raise it, or leave the pair out"
-            )
-        if answers[0] == answers[1]:
-            raise TreadleError(f"pair {index}: chosen and rejected are the same: leave it out")
-        return [
-            Piece(prompt, [False] * len(prompt)),
-            *(Piece(ids, [True] * len(ids), parent=0) for ids in answers),
-        ]
-
-    @torch.no_grad()
-    def _reference(self) -> Float[Tensor, "P 2"]:
-        """Log-probabilities of all answers under the model as it is now, or as they were kept."""
-        path = self.env.scratch / "reference.safetensors"
-        if not path.exists():
-            trees = [self.tree(i) for i in range(self.config.pairs.count())]
-            parts = []
-            for run in within_budget([_size(t) for t in trees], self.config.tokens):
-                batch = assemble_trees([trees[i] for i in run]).to(self.env.device)
-                with self.env.autocast():
-                    parts.append(sequence_logprobs(self.env.model, batch).cpu())
-            with atomic_file(path) as temporary:
-                save_file({"logprobs": torch.cat(parts).unflatten(0, (-1, 2))}, temporary)
-        return load_file(path)["logprobs"]
-
-    def state(self) -> dict[str, Any]:
-        return dict(self.place.state())
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        self.place = Place.restore(state)
 
 
-def assemble_trees(trees: Sequence[Sequence[Piece]]) -> Batch:
-    """One batch of several trees, whose parents are counted within each."""
-    pieces: list[Piece] = []
-    for tree in trees:
-        root = len(pieces)
-        pieces += [Piece(p.tokens, p.learn, p.parent + root if p.parent >= 0 else -1) for p in tree]
-    return assemble(pieces)
+def margins_of(records: Sequence[Preference]) -> Float[Tensor, " P"] | None:
+    """What raters said, 0 where they did not; None where they never did."""
+    if all(r.margin is None for r in records):
+        return None
+    return torch.tensor([r.margin or 0.0 for r in records])
 
 
-def _size(tree: Sequence[Piece]) -> int:
-    return sum(len(p.tokens) for p in tree)
+def pair_tree(env: Env, pairs: Pairs, longest: int, index: int) -> Tree:
+    """Prompt, chosen answer and rejected answer of a pair.
+
+    Raises:
+        TreadleError: it cannot be learned from.
+    """
+    pair = pairs.pair(index)
+    prompt, chosen, rejected = answer_tree(env, pair.prompt, (pair.chosen, pair.rejected), longest)
+    if chosen.tokens == rejected.tokens:
+        raise TreadleError(f"chosen and rejected are the same in longest={longest}")
+    return [prompt, chosen, rejected]
 
 
 @lru_cache(maxsize=8)

@@ -9,6 +9,7 @@ Weighted(parts=(
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 
 from pydantic import Field, model_validator
 
@@ -68,7 +69,10 @@ class Weighted(Reward):
         return self
 
     def __call__(self, problem: Problem, completion: str) -> float:
-        by_name = self.by_name(problem, completion)
+        return self.combined(self.by_name(problem, completion))
+
+    def combined(self, by_name: Mapping[str, float]) -> float:
+        """The weighted mean of the parts' rewards."""
         total = sum(part.weight * by_name[part.name] for part in self.parts)
         return total / sum(part.weight for part in self.parts)
 

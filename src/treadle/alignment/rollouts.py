@@ -17,6 +17,9 @@ from pydantic import Field
 from torch import Tensor
 
 from treadle.alignment.advantages import Advantage, GroupNormalised
+from treadle.alignment.frozen import NoPolicyReference, PolicyReference
+from treadle.alignment.rewards import Reward
+from treadle.alignment.scoring import Scored, require_sound, reward_metrics, scorer
 from treadle.core.errors import TreadleError
 from treadle.data.batch import Piece, assemble, within_budget
 from treadle.data.problems import Problems
@@ -44,6 +47,11 @@ class Rollouts(Source):
     advantage: Advantage = GroupNormalised()
     tokens: int = Field(4096, ge=1)
     """Most tokens in a micro-batch."""
+    reward: Reward | None = None
+    """Instead of the problems' own verifier."""
+    patience: float = Field(10.0, gt=0.0)
+    """Seconds after which a verifier is given up."""
+    reference: PolicyReference = NoPolicyReference()
 
     def open(self, env: Env) -> RolloutStream:
         if self.prompts % env.world:
@@ -61,7 +69,11 @@ class Group:
     problem: Problem
     prompt: tuple[int, ...]
     completions: Sequence[Completion]
-    rewards: tuple[float, ...]
+    scores: tuple[Scored, ...]
+
+    @property
+    def rewards(self) -> tuple[float, ...]:
+        return tuple(s.value for s in self.scores)
 
 
 class RolloutStream(Stream):
@@ -69,7 +81,9 @@ class RolloutStream(Stream):
 
     def __init__(self, config: Rollouts, env: Env) -> None:
         self.config, self.env = config, env
-        self.drawn = 0
+        self.drawn, self.too_long = 0, 0
+        self.annotate = config.reference.open(env)
+        self.score = scorer(config.problems, config.reward, config.patience)
         slots = config.prompts // env.world * config.completions
         self.engine = Engine(
             env.model, env.tokenizer, EngineConfig(slots=slots), autocast=env.autocast
@@ -100,42 +114,49 @@ class RolloutStream(Stream):
         share = self.config.prompts // self.env.world
         first = self.drawn + self.env.rank * share
         self.drawn += self.config.prompts
-        problems = [self.config.problems.problem(i) for i in range(first, first + share)]
-        requests = [
-            Request(
-                prompt=prompt_tokens(self.env, problem),
-                sampling=self.config.sampling.replace(
-                    seed=self.config.sampling.seed + self.env.seed + first + offset
-                ),
-                n=self.config.completions,
+        problems, requests = [], []
+        for index in range(first, first + share):
+            problem = self.config.problems.problem(index)
+            prompt = prompt_tokens(self.env, problem)
+            if len(prompt) >= self.env.model.config.context:
+                self.too_long += 1
+                continue
+            seed = self.config.sampling.seed + self.env.seed + index
+            sampling = self.config.sampling.replace(seed=seed)
+            problems.append(problem)
+            requests.append(Request(prompt, sampling, n=self.config.completions))
+        if not requests:
+            raise TreadleError(
+                f"the prompts of all {share} problems of a step fill the model's context of "
+                f"{self.env.model.config.context} tokens: choose shorter ones"
             )
-            for offset, problem in enumerate(problems)
-        ]
         self.env.model.eval()
         answers = self.engine.generate(requests)
         self.env.model.train()
-        return [
+        groups = [
             Group(
                 problem,
                 request.prompt,
                 completions,
-                tuple(self.config.problems.score(problem, c.text) for c in completions),
+                tuple(self.score(problem, c.text) for c in completions),
             )
             for problem, request, completions in zip(problems, requests, answers, strict=True)
         ]
+        require_sound([s for g in groups for s in g.scores])
+        return groups
 
     def state(self) -> dict[str, Any]:
-        return {"drawn": self.drawn}
+        return {"drawn": self.drawn, "too_long": self.too_long}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.drawn = int(state["drawn"])
+        self.drawn, self.too_long = int(state["drawn"]), int(state["too_long"])
 
     def _batches(self, groups: list[Group], advantages: Tensor) -> tuple[PolicyBatch, ...]:
         """Trees of whole groups, as many in a micro-batch as its token budget allows."""
         sizes = [len(g.prompt) + sum(len(c.tokens) for c in g.completions) for g in groups]
         temperature = self.config.sampling.temperature
         return tuple(
-            policy_batch([groups[i] for i in run], advantages[run], temperature)
+            self.annotate(policy_batch([groups[i] for i in run], advantages[run], temperature))
             for run in within_budget(sizes, self.config.tokens)
         )
 
@@ -150,8 +171,10 @@ class RolloutStream(Stream):
             "solved": float((rewards >= 1.0).float().mean()),
             "groups_with_signal": useful / len(groups),
             "redraws": float(redraws),
+            "prompts_too_long": float(self.too_long),
             "completion_tokens": sum(lengths) / len(lengths),
             "cut_off": sum(c.finish == "length" for c in completions) / len(completions),
+            **reward_metrics([s for g in groups for s in g.scores]),
         }
 
 

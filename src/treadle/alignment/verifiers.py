@@ -1,19 +1,24 @@
 """Verifiers: is the answer at the end of a completion right?
 
 A problem names its verifier: `exact` and `number` compare with the stored answer,
-`reasoning-gym/<family>` asks that family.
+`reasoning-gym/<family>` asks that family, and the others are the modules of `verify/`.
 """
 
 from __future__ import annotations
 
 import re
 from decimal import Decimal, InvalidOperation
+from importlib import import_module
+from pkgutil import iter_modules
 
+from treadle.alignment import verify
 from treadle.alignment.gym import family_marks
 from treadle.core.errors import TreadleError, did_you_mean
 from treadle.data.records import Problem
 
 GYM = "reasoning-gym"
+ANSWERED = ("exact", "number", GYM)
+"""Verifiers that look at the answer alone."""
 _TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE)
 _NAMED = re.compile(r"\banswer(?:\s+is)?\s*[*_]*\s*:[*]*", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+]?[$€£]?\d[\d,]*(?:\.\d+)?%?")
@@ -45,20 +50,29 @@ def marks(problem: Problem, completion: str) -> float:
     Raises:
         TreadleError: nothing of the verifier's name is known.
     """
+    kind, _, family = problem.verifier.partition("/")
+    if kind in ANSWERED:
+        return _answer_marks(kind, family, problem, completion)
+    modules = [found.name for found in iter_modules(verify.__path__)]
+    if kind not in modules:
+        hint = did_you_mean(kind, (*ANSWERED, *modules))
+        raise TreadleError(f"there is no verifier `{problem.verifier}`{hint}")
+    module = import_module(f"{verify.__name__}.{kind}")
+    return float(module.marks(problem, completion))
+
+
+def _answer_marks(kind: str, family: str, problem: Problem, completion: str) -> float:
     answer = extract_answer(completion, lines=problem.answer.strip().count("\n") + 1)
     if answer is None:
         return 0.0
-    kind, _, family = problem.verifier.partition("/")
     match kind:
         case "exact":
             return float(answer == problem.answer.strip())
         case "number":
             given, wanted = parse_number(answer), parse_number(problem.answer)
             return float(given is not None and given == wanted)
-        case "reasoning-gym":
+        case _:
             return family_marks(family, problem, answer)
-    hint = did_you_mean(kind, ("exact", "number", GYM))
-    raise TreadleError(f"there is no verifier `{problem.verifier}`{hint}")
 
 
 def parse_number(text: str) -> Decimal | None:

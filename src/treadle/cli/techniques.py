@@ -50,7 +50,8 @@ def techniques(
     else:
         _table(cards, planned)
     if search is None and not as_json:
-        typer.echo(f"\n{len(cards)} of {len(ids)} techniques work", err=True)
+        done = len(ids) - len(planned)
+        typer.echo(f"\n{done} of {len(ids)} rows of the catalogue work", err=True)
 
 
 def _matching(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,6 +46,16 @@ def flag(row: Row, key: str) -> bool:
     if not isinstance(value, bool) and value not in (0, 1):
         raise FileFormatError(f"key `{key}`: expected true or false, found {value!r}")
     return bool(value)
+
+
+def optional_number(row: Row, key: str) -> float | None:
+    """The number, or None where the key is absent or null."""
+    value = row.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise FileFormatError(f"key `{key}`: expected a finite number, found {value!r}")
+    return float(value)
 
 
 def said_by(role: str, content: str) -> Messages:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -30,6 +31,7 @@ from treadle.data.fields import (
     conversation,
     flag,
     messages_of,
+    optional_number,
     optional_text,
     said_by,
     tagged,
@@ -145,15 +147,24 @@ class PreferenceFormat(Format):
     chosen: str = "chosen"
     rejected: str = "rejected"
     system: str = "system"
+    margin: str = "margin"
+    """Key of how much better the chosen answer is, where rows have one."""
+    confidence: str = "confidence"
+    """Key of the probability that it is better, where rows have one."""
 
     def __call__(self, row: Row) -> Preference:
         chosen = turns_or_text(row, self.chosen, role="assistant")
         rejected = turns_or_text(row, self.rejected, role="assistant")
+        margin = optional_number(row, self.margin)
+        confidence = optional_number(row, self.confidence)
+        if confidence is not None and not 0 <= confidence <= 1:
+            raise FileFormatError(f"key `{self.confidence}`: {confidence} is no probability")
         if chosen[0].role != "assistant" or rejected[0].role != "assistant":
-            return _parted(chosen, rejected, self.chosen)
+            parted = _parted(chosen, rejected, self.chosen)
+            return replace(parted, margin=margin, confidence=confidence)
         system = said_by("system", optional_text(row, self.system))
         prompt = (*system, *turns_or_text(row, self.prompt, role="user"))
-        return Preference(prompt, chosen, rejected)
+        return Preference(prompt, chosen, rejected, margin, confidence)
 
 
 class TranscriptFormat(Format):

@@ -47,6 +47,10 @@ class Preference:
     prompt: Messages
     chosen: Messages
     rejected: Messages
+    margin: float | None = None
+    """How much better, where the raters said so."""
+    confidence: float | None = None
+    """Probability that the first is better, where it is known."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def record_text(record: Record) -> str:
             return text
         case Chat(messages):
             return _said(messages)
-        case Preference(prompt, chosen, rejected):
+        case Preference(prompt=prompt, chosen=chosen, rejected=rejected):
             return _said((*prompt, *chosen, *rejected))
         case Labelled(prompt, completion):
             return _said((*prompt, *completion))

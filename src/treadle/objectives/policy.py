@@ -12,6 +12,7 @@ clipping, and the normalisation n_i:
     Dr. GRPO  token ratio      clip     each token 1/constant               arXiv:2503.20783
     GSPO      sequence ratio   clip     as GRPO                             arXiv:2507.18071
     CISPO     token ratio      the weight is clipped, not the objective     arXiv:2506.13585
+    RLOO, REINFORCE++          by their advantages
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from torch import Tensor
 
 from treadle.core.cards import Card
 from treadle.core.config import Config
+from treadle.core.errors import TreadleError
 from treadle.data.batch import Batch
 from treadle.kernels.linear_cross_entropy import token_logprobs
 from treadle.models.decoder import DecoderModel
 from treadle.nn.linear import bias_of
+from treadle.objectives.kl import K3, KLEstimate
 from treadle.objectives.objective import LossOutput, Objective, head_rule
 
 CARD = Card(
@@ -178,8 +181,8 @@ class GRPO(Objective):
     surrogate: Surrogate = ClippedRatio()
     normalisation: Normalisation = PerSequence()
     beta: float = Field(0.0, ge=0.0)
-    """Weight of the KL to the reference policy, estimated by k3 = exp(d) - d - 1, d = ref - logp
-    (Schulman 2020)."""
+    """Weight of the KL to the reference policy."""
+    kl: KLEstimate = K3()
 
     def __call__(self, model: DecoderModel, batch: PolicyBatch) -> LossOutput:
         hidden = model(batch.tokens, batch.context())
@@ -199,10 +202,14 @@ class GRPO(Objective):
             "mismatch": (norm.weights * log_ratio.detach().abs()).sum(),
         }
         if batch.reference is not None:
-            d = batch.reference - logp
-            kl = d.exp() - d - 1
+            kl = self.kl(logp, batch.reference)
             metrics["kl"] = (norm.weights * kl.detach()).sum()
             gain = gain - self.beta * kl
+        elif self.beta:
+            raise TreadleError(
+                f"GRPO: beta={self.beta} asks for a reference, but the source has none: set "
+                "source.reference='{kind: FrozenCopy}'"
+            )
         return LossOutput(-(norm.weights * gain).sum(), norm.divisor, metrics)
 
 

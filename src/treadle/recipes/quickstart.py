@@ -66,7 +66,8 @@ def quickstart() -> Pipeline:
         rounding=GPTQ(
             source=Supervised(
                 conversations=WorkedSolutions(problems=training, amount=1024), per_step=16
-            )
+            ),
+            damp=0.001,
         ),
     )
     return Pipeline(

@@ -1,0 +1,44 @@
+"""A scalar head on any decoder: a language model becomes a reward model."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from treadle.core.errors import ConfigError
+from treadle.models.decoder import DecoderModel
+from treadle.models.transform import Transform
+from treadle.objectives.reward import ScoreHead
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class RewardHead(Transform):
+    """Puts a linear layer with one output in the place of the head; it is always trained.
+
+    Adapters go before it, so that they do not freeze it. It starts at zero: no opinion on anything.
+    """
+
+    def __call__(self, model: M) -> M:
+        if not isinstance(model, DecoderModel):
+            raise ConfigError(f"RewardHead: a {type(model).__name__} is no decoder")
+        dim = model.config.dim
+        model.head = LinearScore(dim)  # type: ignore[assignment]
+        return model
+
+
+class LinearScore(ScoreHead):
+    """w . h"""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, 1, bias=False)
+        nn.init.zeros_(self.linear.weight)
+
+    def forward(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
+        with torch.autocast(hidden.device.type, enabled=False):
+            scores: Tensor = self.linear(hidden.float())[:, 0]
+        return scores

@@ -1,0 +1,107 @@
+"""Scoring what was sampled: a verifier that crashes, hangs or gives no number costs its completion
+the reward and is counted; it never costs the run."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from treadle.alignment.rewards import Reward, Weighted
+from treadle.core.errors import TreadleError
+from treadle.data.problems import Problems
+from treadle.data.records import Problem
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A reward, and where it comes from."""
+
+    value: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """By name, where several are weighed."""
+    failure: str = ""
+    """What went wrong with the verifier; the value is 0 then."""
+
+
+def score(
+    problems: Problems, reward: Reward | None, problem: Problem, text: str, seconds: float
+) -> Scored:
+    """What `reward` gives for a completion, or the problems' own verifier if there is none.
+
+    Raises:
+        TreadleError: the verifier itself is misconfigured: no completion can be scored.
+    """
+    try:
+        with time_limit(seconds):
+            if isinstance(reward, Weighted):
+                parts = reward.by_name(problem, text)
+                value = reward.combined(parts)
+            else:
+                parts = {}
+                value = reward(problem, text) if reward else problems.score(problem, text)
+    except (TreadleError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # a verifier may fail in any way
+        return Scored(0.0, failure=f"{type(error).__name__}: {error}"[:200])
+    if not math.isfinite(value):
+        return Scored(0.0, failure=f"the reward was {value}")
+    return Scored(value, parts)
+
+
+class OvertimeError(Exception):
+    """A verifier took too long."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Interrupt Python code (and its regular expressions) after so long.
+
+    By a timer's signal, so only in the main thread of a POSIX system; elsewhere there is no limit.
+    """
+    if os.name != "posix" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise OvertimeError(f"no answer within {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def reward_metrics(scores: Sequence[Scored]) -> dict[str, float]:
+    """Means of named rewards, and how many verifications failed."""
+    sound = [s for s in scores if not s.failure]
+    names = sorted({name for s in sound for name in s.parts})
+    means = {f"reward_{n}": math.fsum(s.parts[n] for s in sound) / len(sound) for n in names}
+    return {**means, "rewards_failed": float(len(scores) - len(sound))}
+
+
+def require_sound(scores: Sequence[Scored]) -> None:
+    """Raise TreadleError where every single verification failed."""
+    failures = Counter(s.failure for s in scores if s.failure)
+    if scores and failures.total() == len(scores):
+        reason, count = failures.most_common(1)[0]
+        raise TreadleError(
+            f"the verifier failed for all {len(scores)} completions of a step ({count} times: "
+            f"{reason}): mend it before going on"
+        )
+
+
+def scorer(
+    problems: Problems, reward: Reward | None, seconds: float
+) -> Callable[[Problem, str], Scored]:
+    """`score` with all but the completion settled."""
+    return lambda problem, text: score(problems, reward, problem, text, seconds)

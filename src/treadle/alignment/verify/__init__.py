@@ -1,0 +1,1 @@
+"""Verifiers by name: each module has `marks(problem, completion)`, in [0, 1]."""

@@ -1,0 +1,99 @@
+"""Reward models: a scalar for an answer, learned from which of two is better.
+
+    L = -log sigmoid(r(x, y_w) - r(x, y_l) - m) + c (r(x, y_w) + r(x, y_l))^2
+
+the Bradley-Terry model of 1952. The margin m asks for more where raters saw a clear difference
+(Touvron et al. 2023, Llama 2, arXiv:2307.09288); c keeps rewards near zero, which pairs alone
+leave free (Eisenstein et al. 2023, arXiv:2312.09244). A confidence q in a pair's label makes its
+loss q l(d) + (1 - q) l(-d).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+
+from treadle.core.cards import Card
+from treadle.core.errors import TreadleError
+from treadle.data.batch import Batch
+from treadle.models.decoder import DecoderModel
+from treadle.objectives.dpo import PreferenceBatch
+from treadle.objectives.objective import LossOutput, Objective
+
+CARD = Card(
+    id="al.reward",
+    paper="Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155; Llama 2, arXiv:2307.09288",
+    summary="Reward models on any decoder: pairs with margin, and rewards for each step.",
+    recipe="treadle run reward-model steps.0.source.pairs.path=pairs.jsonl "
+    "steps.1.pairs.path=pairs.jsonl",
+    oracle="tests/objectives/test_objectives_reward.py::test_loss_and_gradients_match_trl",
+)
+
+
+class ScoreHead(nn.Module, ABC):
+    """A head that gives a number for a hidden state, where a language model has its vocabulary."""
+
+    @abstractmethod
+    def forward(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
+        """Scores in fp32."""
+
+
+class BradleyTerry(Objective):
+    """Pairwise logistic loss of scores."""
+
+    margin: float = Field(0.0, ge=0.0)
+    """Of every pair; pairs that have a margin of their own keep to theirs."""
+    centre: float = Field(0.0, ge=0.0)
+    """The coefficient c, such as 0.01."""
+
+    def __call__(self, model: DecoderModel, batch: PreferenceBatch) -> LossOutput:
+        chosen, rejected = sequence_scores(model, batch).unflatten(0, (-1, 2)).unbind(-1)
+        difference = chosen - rejected
+        margin = self.margin if batch.margins is None else batch.margins
+        loss = -F.logsigmoid(difference - margin)
+        if batch.confidence is not None:
+            q = batch.confidence
+            loss = q * loss - (1 - q) * F.logsigmoid(-difference - margin)
+        loss = loss + self.centre * (chosen + rejected).square()
+        metrics = {
+            "accuracy": (difference > 0).sum(),
+            "margin": difference.detach().sum(),
+            "score": (chosen + rejected).detach().sum() / 2,
+        }
+        return LossOutput(loss.sum(), batch.weights.new_tensor(len(difference)), metrics)
+
+
+def sequence_ends(batch: Batch) -> Int[Tensor, " S"]:
+    """Flat index of the last token of each answer of a batch of trees."""
+    layout = batch.layout
+    answers = [i for i in range(len(layout.lengths)) if layout.parent(i) >= 0]
+    assert len(answers) == batch.sequence_count
+    ends = [layout.span(i)[-1] for i in answers]
+    return torch.tensor(ends, device=batch.tokens.device)
+
+
+def sequence_scores(model: DecoderModel, batch: Batch) -> Float[Tensor, " S"]:
+    """The score of each answer, read at its last token.
+
+    Raises:
+        TreadleError: the model has the head of a language model.
+    """
+    hidden = model(batch.tokens, batch.context())
+    scores: Tensor = score_head(model)(hidden[sequence_ends(batch)])
+    return scores
+
+
+def score_head(model: DecoderModel) -> ScoreHead:
+    """The head of a reward model."""
+    head: nn.Module = model.head
+    if not isinstance(head, ScoreHead):
+        raise TreadleError(
+            "the model gives words, not scores: add the transform `{kind: RewardHead}` to train "
+            "it, or name a reward model"
+        )
+    return head

@@ -1,0 +1,176 @@
+"""Pairs and judged answers as batches: what is left out, what is kept, what is learned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pair_rows import answer_logprobs
+from tiny_generation import byte_tokenizer, tiny_model
+
+from treadle.alignment.labelled import JudgedFiles, Judgements, Unpaired
+from treadle.alignment.preferences import PairFiles, Preferences
+from treadle.alignment.reference import NoReference
+from treadle.core.errors import TreadleError
+from treadle.data.source import Env, Source
+from treadle.data.split import LeakFreeSplit
+from treadle.models.decoder import DecoderModel
+from treadle.objectives.dpo import DPO, orpo
+from treadle.objectives.kto import KTO
+from treadle.objectives.objective import Objective
+from treadle.optim.adamw import AdamW
+from treadle.optim.schedules import Constant
+from treadle.train.fit import Fit, fit
+from treadle.train.hooks import Hook, StepReport
+from treadle.train.parallel.plan import SingleProcess
+from treadle.train.precision import FP32
+
+WORDS = ("tea", "milk", "bread", "honey")
+PAIRS = [
+    {"prompt": f"do you like {w}?", "chosen": f"yes, {w}", "rejected": f"no {w} at all"}
+    for w in WORDS
+]
+SAME = {"prompt": "x", "chosen": "same", "rejected": "same"}
+EMPTY = {"prompt": "x", "chosen": "fine", "rejected": " "}
+LONG = {"prompt": "long " * 60, "chosen": "a", "rejected": "b"}
+WHOLE = LeakFreeSplit(validation=0, test=0)
+
+
+def pair_files(folder: Path, rows: list[dict[str, str]]) -> PairFiles:
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return PairFiles(path=str(path), parts=WHOLE)
+
+
+def source(folder: Path, rows: list[dict[str, str]] = PAIRS, **changes: Any) -> Preferences:
+    return Preferences(pairs=pair_files(folder, rows), **{"per_step": 4, **changes})
+
+
+def env(model: DecoderModel, folder: Path) -> Env:
+    template = (
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
+    return Env(model=model, tokenizer=byte_tokenizer().with_template(template), scratch=folder)
+
+
+def test_reference_equals_separate_rows(tmp_path: Path) -> None:
+    """The numbers that come with the batch are those of each answer after its own prompt."""
+    stream = source(tmp_path).open(env(tiny_model(), tmp_path))
+    assert stream.reference is not None
+    for place, row in enumerate(stream.reference):
+        prompt, *answers = (list(p.tokens) for p in stream.tree(stream.kept[place]))
+        expected = [answer_logprobs(tiny_model(), prompt, a).sum() for a in answers]
+        torch.testing.assert_close(row, torch.stack(expected).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_bad_pairs_are_left_out_counted_and_named(tmp_path: Path) -> None:
+    rows = [PAIRS[0], SAME, PAIRS[1], EMPTY, LONG]
+    stream = source(tmp_path, rows).open(env(tiny_model(), tmp_path))
+    assert stream.kept == [0, 2]
+    work = next(stream)
+    assert work.metrics["pairs_left_out"] == 3.0
+    assert sum(b.sequence_count for b in work.batches) == 8  # the two pairs, twice
+    named = json.loads((tmp_path / "left_out.json").read_text())
+    assert "are the same" in named["1"]
+    assert "empty" in named["3"]
+    assert "no room" in named["4"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (SAME, "none of 1 pairs can be learned from: pair 0: chosen and rejected are the same"),
+        (EMPTY, "an answer is empty"),
+        (LONG, r"its prompt has 305 tokens, which leaves no room for an answer in longest=128"),
+    ],
+)
+def test_nothing_left_is_an_error(row, message: str, tmp_path: Path) -> None:
+    with pytest.raises(TreadleError, match=message):
+        source(tmp_path, [row]).open(env(tiny_model(), tmp_path))
+
+
+def test_without_reference_nothing_is_computed(tmp_path: Path) -> None:
+    stream = source(tmp_path, reference=NoReference()).open(env(tiny_model(), tmp_path))
+    assert next(stream).batches[0].reference is None
+    assert not (tmp_path / "reference.safetensors").exists()
+
+
+def test_a_stream_goes_on_where_it_was(tmp_path: Path) -> None:
+    first = source(tmp_path, per_step=3).open(env(tiny_model(), tmp_path))
+    next(first)
+    second = source(tmp_path, per_step=3).open(env(tiny_model(), tmp_path))
+    second.restore(first.state())
+    for a, b in zip(next(first).batches, next(second).batches, strict=True):
+        assert torch.equal(a.tokens, b.tokens)
+        assert torch.equal(a.reference, b.reference)
+
+
+class Margins(Hook):
+    def __init__(self) -> None:
+        self.seen: list[StepReport] = []
+
+    def on_step(self, report: StepReport) -> None:
+        self.seen.append(report)
+
+
+def train(source: Source, objective: Objective, folder: Path) -> list[StepReport]:
+    model, hook, plan = tiny_model(), Margins(), SingleProcess()
+    fit(
+        model,
+        source.open(env(model, folder)),
+        objective,
+        optimizer=AdamW(lr=3e-3),
+        schedule=Constant(),
+        config=Fit(steps=12, precision=FP32()),
+        plan=plan,
+        world=plan.setup("cpu"),
+        folder=folder / "checkpoints",
+        hooks=[hook],
+    )
+    return hook.seen
+
+
+def test_preferences_are_learned_and_the_reference_is_kept(tmp_path: Path) -> None:
+    reports = train(source(tmp_path), DPO(), tmp_path)
+    assert reports[0].metrics["accuracy"] == 0.0  # margins start at zero
+    assert reports[-1].metrics["accuracy"] == 1.0
+    kept = (tmp_path / "reference.safetensors").read_bytes()
+    source(tmp_path).open(env(tiny_model(seed=5), tmp_path))
+    assert (tmp_path / "reference.safetensors").read_bytes() == kept
+
+
+def test_odds_are_learned_without_reference(tmp_path: Path) -> None:
+    reports = train(source(tmp_path, reference=NoReference()), orpo(1.0), tmp_path)
+    assert reports[-1].loss < reports[0].loss
+    assert reports[-1].metrics["margin"] > reports[0].metrics["margin"]
+
+
+def test_judged_answers_are_learned(tmp_path: Path) -> None:
+    answers = Unpaired(pairs=pair_files(tmp_path, PAIRS))
+    reports = train(Judgements(answers=answers, per_step=8), KTO(), tmp_path)
+    assert reports[0].metrics["reward_good"] == pytest.approx(0.0, abs=1e-4)
+    assert reports[-1].metrics["reward_good"] > reports[-1].metrics["reward_bad"]
+
+
+def test_judged_answers_meet_an_answer_to_another_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "judged.jsonl"
+    rows = [{"prompt": f"p{i}", "completion": f"c{i}", "label": i != 1} for i in range(3)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    judged = JudgedFiles(path=str(path), parts=WHOLE)
+    stream = Judgements(answers=judged).open(env(tiny_model(), tmp_path))
+    texts = [byte_tokenizer().decode(list(p.tokens)).strip() for p in stream.tree(1)]
+    assert texts == ["u:p1\na:", "c1", "c2"]
+    batch = next(stream).batches[0]
+    labels = [stream.config.answers.answer(i).good for i in range(3)]
+    assert labels == [True, False, True]
+    assert len(batch.good) * 2 == batch.sequence_count
+
+
+def test_one_prompt_is_not_enough_for_kto(tmp_path: Path) -> None:
+    answers = Unpaired(pairs=pair_files(tmp_path, PAIRS[:1]))
+    with pytest.raises(TreadleError, match="no answer is to another prompt: KTO compares"):
+        Judgements(answers=answers).open(env(tiny_model(), tmp_path))

@@ -1,0 +1,203 @@
+"""Verifiers of code, JSON, patterns, tool calls and mathematics; the sandbox they need."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from treadle.alignment.sandbox import bubblewrap_works, run_python
+from treadle.alignment.verifiers import marks
+from treadle.core.errors import TreadleError
+from treadle.data.records import Problem, user
+
+
+def problem(verifier: str, answer: str = "", **metadata: Any) -> Problem:
+    return Problem((user("?"),), answer, verifier, metadata)
+
+
+# The sandbox
+
+
+def test_output_and_status() -> None:
+    outcome = run_python("print(input()); raise SystemExit(3)", stdin="hello\n")
+    assert (outcome.code, outcome.stdout, outcome.timed_out) == (3, "hello\n", False)
+    assert "ValueError: no" in run_python("raise ValueError('no')").stderr
+
+
+@pytest.mark.parametrize(
+    "source", ["while True: pass", "import time; time.sleep(60)", "input(); input(); input()"]
+)
+def test_programs_that_do_not_end(source: str) -> None:
+    outcome = run_python(source + "\nprint('late')", stdin="x\nx\n", seconds=1.5)
+    assert outcome.timed_out or outcome.code != 0
+    assert "late" not in outcome.stdout
+
+
+def test_memory_is_limited() -> None:
+    outcome = run_python("x = bytearray(2**30)\nprint(len(x))", megabytes=256)
+    assert outcome.code != 0
+    assert "MemoryError" in outcome.stderr
+
+
+def test_output_is_limited() -> None:
+    outcome = run_python("while True: print('x' * 10000)", seconds=5)
+    assert outcome.code != 0
+    assert len(outcome.stdout) <= 2**20
+
+
+def test_children_do_not_outlive_their_program(tmp_path) -> None:
+    source = (
+        "import os, time\nif os.fork() == 0:\n    time.sleep(60)\nelse:\n    print(os.getpid())\n"
+    )
+    outcome = run_python(source, seconds=3)
+    assert outcome.code == 0
+
+
+def test_the_environment_is_not_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_SECRET", "hidden")
+    assert "None" in run_python("import os; print(os.environ.get('SOME_SECRET'))").stdout
+
+
+@pytest.mark.skipif(not bubblewrap_works(), reason="bubblewrap is absent or may not be used")
+def test_bubblewrap_hides_network_and_files(tmp_path) -> None:
+    (tmp_path / "secret").write_text("hidden")
+    source = (
+        "import os, socket\n"
+        f"print(os.path.exists({str(tmp_path)!r}))\n"
+        "try:\n"
+        "    socket.create_connection(('1.1.1.1', 53), timeout=1)\n"
+        "    print('out')\n"
+        "except OSError as error:\n"
+        "    print('no network')\n"
+    )
+    outcome = run_python(source)
+    assert outcome.stdout.split("\n")[:2] == ["False", "no network"]
+    assert outcome.isolation == "bubblewrap"
+
+
+# Code
+
+ADD = problem("code", tests=["assert add(1, 2) == 3", "assert add(-1, 1) == 0"])
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("Sure:\n```python\ndef add(a, b):\n    return a + b\n```\nDone.", 1.0),
+        ("def add(a, b): return a + b", 1.0),
+        ("```\ndef add(a, b):\n    return a - b\n```", 0.0),
+        ("```python\ndef add(a, b):\n    return a + b\n```\n```python\nadd = None\n```", 0.0),
+        ("import os\nos._exit(0)", 0.0),
+        ("raise SystemExit(0)", 0.0),
+        ("def add(a, b):\n    while True: pass", 0.0),
+        ("I do not know.", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_code(completion: str, expected: float) -> None:
+    assert marks(ADD, completion) == expected
+
+
+def test_code_needs_tests() -> None:
+    with pytest.raises(TreadleError, match="has no tests: put them in `tests`"):
+        marks(problem("code"), "pass")
+    with pytest.raises(TreadleError, match="`tests` is a int"):
+        marks(problem("code", tests=3), "pass")
+
+
+def test_real_programs_pass_their_own_tests(shared_data) -> None:
+    import gzip
+
+    with gzip.open(shared_data / "eval" / "mbpp.jsonl.gz", "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line, _ in zip(file, range(8), strict=False)]
+    for row in rows:
+        asked = problem("code", test_list=row["test_list"])
+        assert marks(asked, row["code"]) == 1.0, row["text"]
+        assert marks(asked, "def nothing(): pass") == 0.0
+
+
+# Text
+
+SCHEMA = json.dumps(
+    {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
+)
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ('{"age": 3}', 1.0),
+        ('```json\n{"age": 3}\n```', 1.0),
+        ('{"age": "3"}', 0.5),
+        ("{}", 0.5),
+        ('{"age": 3', 0.0),
+        ("[" * 100_000, 0.0),
+        ("", 0.0),
+    ],
+)
+def test_json(completion: str, expected: float) -> None:
+    assert marks(problem("json_schema", SCHEMA), completion) == expected
+
+
+def test_schemas_are_checked() -> None:
+    for wrong in ('{"type": "objekt"}', "{"):
+        with pytest.raises(TreadleError, match="is no JSON schema"):
+            marks(problem("json_schema", wrong), "{}")
+
+
+def test_patterns() -> None:
+    asked = problem("regex", r"[A-Z]\w+ (ist|war) .*\.")
+    assert marks(asked, " Das ist gut. ") == 1.0
+    assert marks(asked, "das ist gut.") == 0.0
+    with pytest.raises(TreadleError, match="is no regular expression"):
+        marks(problem("regex", "("), "x")
+
+
+CALLS = json.dumps([{"name": "f", "arguments": {"x": 1, "y": "a"}}, {"name": "g", "arguments": {}}])
+
+
+def said(*calls: dict[str, Any]) -> str:
+    return "\n".join(f"<tool_call>\n{json.dumps(c)}\n</tool_call>" for c in calls)
+
+
+F, G = {"name": "f", "arguments": {"y": "a", "x": 1}}, {"name": "g", "arguments": {}}
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        (said(F, G), 1.0),
+        (said(G, F), 1.0),
+        (said(G), 0.25),
+        (said(F, G, G), 0.5 * 2 / 3),
+        (said({**F, "arguments": {"x": 2}}, G), 0.5),
+        ("<tool_call>{broken</tool_call>", 0.0),
+        ("<tool_call>[1]</tool_call>", 0.0),
+        ("no call", 0.0),
+    ],
+)
+def test_tool_calls(completion: str, expected: float) -> None:
+    assert marks(problem("tool_calls", CALLS), completion) == pytest.approx(expected)
+
+
+def test_no_call_can_be_what_is_asked() -> None:
+    assert marks(problem("tool_calls", "[]"), "I cannot.") == 1.0
+    assert marks(problem("tool_calls", "[]"), said(G)) == 0.0
+    with pytest.raises(TreadleError, match="is no list of tool calls"):
+        marks(problem("tool_calls", '{"name": "f"}'), "x")
+
+
+@pytest.mark.parametrize(
+    ("answer", "completion", "expected"),
+    [
+        (r"\frac{1}{2}", r"So it is \boxed{0.5}.", 1.0),
+        ("x^2+2x+1", r"Hence $(x+1)^2$", 1.0),
+        ("12", r"\boxed{13}", 0.0),
+        ("12", "no idea", 0.0),
+    ],
+)
+def test_mathematics(answer: str, completion: str, expected: float) -> None:
+    pytest.importorskip("math_verify")
+    assert marks(problem("math", answer), completion) == expected
