@@ -40,5 +40,5 @@ class LinearScore(ScoreHead):
 
     def forward(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
         with torch.autocast(hidden.device.type, enabled=False):
-            scores: Tensor = self.linear(hidden.float())[:, 0]
+            scores: Tensor = hidden.float() @ self.linear.weight[0].float()
         return scores

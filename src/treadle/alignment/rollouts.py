@@ -8,7 +8,7 @@ carry no signal and are left out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,36 +114,42 @@ class RolloutStream(Stream):
         share = self.config.prompts // self.env.world
         first = self.drawn + self.env.rank * share
         self.drawn += self.config.prompts
-        problems, requests = [], []
-        for index in range(first, first + share):
-            problem = self.config.problems.problem(index)
-            prompt = prompt_tokens(self.env, problem)
-            if len(prompt) >= self.env.model.config.context:
-                self.too_long += 1
-                continue
-            seed = self.config.sampling.seed + self.env.seed + index
-            sampling = self.config.sampling.replace(seed=seed)
-            problems.append(problem)
-            requests.append(Request(prompt, sampling, n=self.config.completions))
-        if not requests:
+        groups = self.complete(
+            (self.config.problems.problem(i), i) for i in range(first, first + share)
+        )
+        if not groups:
             raise TreadleError(
                 f"the prompts of all {share} problems of a step fill the model's context of "
                 f"{self.env.model.config.context} tokens: choose shorter ones"
             )
+        require_sound([s for g in groups for s in g.scores])
+        return groups
+
+    def complete(self, problems: Iterable[tuple[Problem, int]]) -> list[Group]:
+        """Groups for problems, each with the number that seeds its samples; prompts that fill the
+        context are left out and counted."""
+        chosen, requests = [], []
+        for problem, number in problems:
+            prompt = prompt_tokens(self.env, problem)
+            if len(prompt) >= self.env.model.config.context:
+                self.too_long += 1
+                continue
+            seed = self.config.sampling.seed + self.env.seed + number
+            sampling = self.config.sampling.replace(seed=seed)
+            chosen.append(problem)
+            requests.append(Request(prompt, sampling, n=self.config.completions))
         self.env.model.eval()
         answers = self.engine.generate(requests)
         self.env.model.train()
-        groups = [
+        return [
             Group(
                 problem,
                 request.prompt,
                 completions,
                 tuple(self.score(problem, c.text) for c in completions),
             )
-            for problem, request, completions in zip(problems, requests, answers, strict=True)
+            for problem, request, completions in zip(chosen, requests, answers, strict=True)
         ]
-        require_sound([s for g in groups for s in g.scores])
-        return groups
 
     def state(self) -> dict[str, Any]:
         return {"drawn": self.drawn, "too_long": self.too_long}

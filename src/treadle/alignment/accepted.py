@@ -1,0 +1,165 @@
+"""Rejection sampling: the model learns from those of its own answers that a verifier accepts.
+
+    D = {(x, y) : y ~ pi(.|x), r(x, y) >= threshold},    L = - sum_D log pi(y|x)
+
+Sampling anew from the trained model each round is expert iteration; one round alone is
+rejection-sampling fine-tuning (RFT, Yuan et al. 2023, arXiv:2308.01825). With a hint it is STaR
+(Zelikman et al. 2022, arXiv:2203.14465): problems that were not solved are asked again with their
+answer, and a solution found so is learned as an answer to the question without it.
+The objective is `CausalLM`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from pydantic import Field
+
+from treadle.alignment.rollouts import Group, Rollouts, prompt_tokens
+from treadle.alignment.trees import Tree, assemble_trees, tree_size
+from treadle.core.cards import Card
+from treadle.core.config import Config
+from treadle.core.errors import TreadleError
+from treadle.data.batch import Piece, within_budget
+from treadle.data.records import Problem
+from treadle.data.source import Env, Source, Stream, Work
+
+CARD = Card(
+    id="al.rft",
+    paper="Yuan et al. 2023, RFT, arXiv:2308.01825; Zelikman et al. 2022, STaR, arXiv:2203.14465",
+    summary="Rejection sampling, expert iteration and STaR: only accepted samples are trained.",
+    recipe="treadle run expert-iteration",
+    oracle="tests/alignment/test_alignment_accepted.py::test_only_accepted_samples_are_trained",
+)
+REDRAWS = 8
+"""Rounds in a row that may accept nothing."""
+
+
+class Hint(Config):
+    """How a problem that was not solved is put again."""
+
+    text: str = "{question}\n(The answer is {answer}. Show the way to it.)"
+
+
+class Accepted(Source):
+    """Accepted answers of the model in training."""
+
+    rollouts: Rollouts
+    """What is sampled in a round: its prompts, completions, sampling and reward."""
+    threshold: float = 1.0
+    """Least reward of an accepted answer."""
+    keep: int = Field(2, ge=1)
+    """Different accepted answers that are learned for each problem at the most."""
+    per_step: int = Field(8, ge=1)
+    """Problems in an optimiser step."""
+    passes: int = Field(1, ge=1)
+    """Times that a round's answers are learned before the next round."""
+    hint: Hint | None = None
+    rounds: int | None = Field(None, ge=1)
+    """After so many rounds nothing is sampled any more and the last answers are repeated."""
+
+    def open(self, env: Env) -> AcceptedStream:
+        return AcceptedStream(self, env)
+
+
+class AcceptedStream(Stream):
+    """Its state holds the answers that wait to be learned."""
+
+    def __init__(self, config: Accepted, env: Env) -> None:
+        self.config, self.env = config, env
+        self.rollouts = config.rollouts.open(env)
+        self.last: list[list[list[int]]] = []
+        """The trees of this round: a prompt and its answers, as tokens."""
+        self.place, self.round = 0, 0
+        self.metrics: dict[str, float] = {}
+
+    def __next__(self) -> Work:
+        if self.place >= len(self.last) * self.config.passes:
+            self._next_round()
+        end = min(self.place + self.config.per_step, len(self.last) * self.config.passes)
+        trees = [_tree(self.last[i % len(self.last)]) for i in range(self.place, end)]
+        self.place = end
+        runs = within_budget([tree_size(t) for t in trees], self.config.rollouts.tokens)
+        batches = tuple(assemble_trees([trees[i] for i in run]) for run in runs)
+        return Work(batches, {**self.metrics, "round": float(self.round)})
+
+    def _next_round(self) -> None:
+        self.place = 0
+        if self.round == self.config.rounds:
+            return
+        for _ in range(REDRAWS):
+            groups = self.rollouts.roll()
+            found = [self._accepted(g) for g in groups]
+            hinted = self._hinted([g for g, row in zip(groups, found, strict=True) if not row])
+            self.last = [row for row in found if row] + hinted
+            rewards = [r for g in groups for r in g.rewards]
+            self.metrics = {
+                "reward": sum(rewards) / len(rewards),
+                "accepted": sum(r >= self.config.threshold for r in rewards) / len(rewards),
+                "solved": sum(map(bool, found)) / len(groups),
+                "hinted": len(hinted) / len(groups),
+            }
+            if self.last:
+                self.round += 1
+                return
+        raise TreadleError(
+            f"no answer reached the threshold {self.config.threshold:g} in {REDRAWS} rounds of "
+            f"{self.config.rollouts.prompts} problems: choose easier ones, sample more, give a "
+            "hint, or train on solutions first"
+        )
+
+    def _accepted(self, group: Group) -> list[list[int]]:
+        """The prompt and its different accepted answers; nothing where there are none."""
+        answers = dict.fromkeys(
+            c.tokens
+            for c, reward in zip(group.completions, group.rewards, strict=True)
+            if reward >= self.config.threshold and c.finish == "stop" and c.tokens
+        )
+        kept = [list(tokens) for tokens in answers][: self.config.keep]
+        return [list(group.prompt), *kept] if kept else []
+
+    def _hinted(self, failed: Sequence[Group]) -> list[list[list[int]]]:
+        if self.config.hint is None or not failed:
+            return []
+        start = self.rollouts.drawn
+        asked = [with_hint(g.problem, self.config.hint) for g in failed]
+        groups = self.rollouts.complete((p, start + i) for i, p in enumerate(asked))
+        by_problem = {id(g.problem): g for g in groups}
+        rows = []
+        for problem, original in zip(asked, failed, strict=True):
+            row = self._accepted(by_problem[id(problem)]) if id(problem) in by_problem else []
+            if row:
+                rows.append([list(prompt_tokens(self.env, original.problem)), *row[1:]])
+        return rows
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "rollouts": self.rollouts.state(),
+            "last": self.last,
+            "place": self.place,
+            "round": self.round,
+            "metrics": self.metrics,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.rollouts.restore(state["rollouts"])
+        self.last = [[list(ids) for ids in row] for row in state["last"]]
+        self.place, self.round = int(state["place"]), int(state["round"])
+        self.metrics = dict(state["metrics"])
+
+
+def with_hint(problem: Problem, hint: Hint) -> Problem:
+    """The problem with its answer told in the question; it is verified as before."""
+    last = problem.prompt[-1]
+    text = hint.text.replace("{question}", last.content).replace("{answer}", problem.answer)
+    return replace(problem, prompt=(*problem.prompt[:-1], replace(last, content=text)))
+
+
+def _tree(row: Sequence[Sequence[int]]) -> Tree:
+    prompt, *answers = row
+    return [
+        Piece(prompt, [False] * len(prompt)),
+        *(Piece(ids, [True] * len(ids), parent=0) for ids in answers),
+    ]

@@ -1,0 +1,136 @@
+"""Reasoning strategies side by side: accuracy against the tokens that they spend."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, TypedDict
+
+from pydantic import Field
+
+from treadle.alignment.verifiers import extract_answer
+from treadle.core.config import dump
+from treadle.core.files import write_json
+from treadle.core.pipeline import Step, Workspace
+from treadle.core.results import Figure, accuracy
+from treadle.data.records import Problem
+from treadle.evals.evaluate import Exam
+from treadle.inference.engine import Engine, EngineConfig
+from treadle.inference.reasoning.strategy import Strategy, Thinker, Turns, private, visible
+from treadle.models.source import ModelSource
+from treadle.tokenizers.load import tokenizer_of
+from treadle.train.precision import Auto, Precision
+
+ANSWERS = "answers.json"
+
+
+class Row(TypedDict):
+    """What a strategy came to on an exam."""
+
+    strategy: str
+    exam: str
+    accuracy: Figure
+    tokens: float
+    """Generated for a question on average."""
+    seconds: float
+    overflows: int
+    """Conversations that filled the context."""
+
+
+class Reason(Step):
+    """Let a model solve the same problems by several strategies."""
+
+    model: ModelSource
+    strategies: tuple[Strategy, ...] = Field(min_length=1)
+    exams: tuple[Exam, ...] = Field(min_length=1)
+    precision: Precision = Auto()
+    engine: EngineConfig = EngineConfig()
+
+    def execute(self, workspace: Workspace) -> Mapping[str, Any]:
+        opened = self.model.open(workspace)
+        precision = self.precision.resolve("cpu")
+        model, tokenizer = opened.model.eval().requires_grad_(False), tokenizer_of(opened)
+        precision.prepare(model)
+        engine = Engine(model, tokenizer, self.engine, autocast=partial(precision.autocast, "cpu"))
+        rows: list[Row] = []
+        answers: list[dict[str, Any]] = []
+        with workspace.progress.task(self.name, len(self.strategies) * len(self.exams)) as task:
+            for strategy in self.strategies:
+                for exam in self.exams:
+                    row, said = sit(engine, strategy, exam)
+                    rows.append(row)
+                    answers += said
+                    task.update(len(rows), note=label(strategy))
+        write_json(workspace.folder / ANSWERS, answers)
+        return {"kind": "reasoning", "rows": rows}
+
+
+def sit(engine: Engine, strategy: Strategy, exam: Exam) -> tuple[Row, list[dict[str, Any]]]:
+    """One strategy on one exam: the figures, and every answer with its private reasoning."""
+    problems = [exam.problems.problem(exam.first + i) for i in range(exam.count)]
+    thinker = Thinker(
+        engine,
+        extract_answer,
+        verify=lambda i, text: exam.problems.score(problems[i], text),
+    )
+    started = time.monotonic()
+    thoughts = strategy(thinker, [turns_of(problem) for problem in problems])
+    seconds = time.monotonic() - started
+    scores = [
+        exam.problems.score(problem, visible(thought.text))
+        for problem, thought in zip(problems, thoughts, strict=True)
+    ]
+    row: Row = {
+        "strategy": label(strategy),
+        "exam": exam.name,
+        "accuracy": accuracy(scores),
+        "tokens": sum(t.tokens for t in thoughts) / len(thoughts),
+        "seconds": seconds,
+        "overflows": thinker.overflows,
+    }
+    said = [
+        {
+            "strategy": row["strategy"],
+            "problem": f"{exam.name}-{exam.first + i}",
+            "question": problems[i].prompt[-1].content,
+            "answer": visible(thought.text),
+            "reasoning": private(thought.text),
+            "score": scores[i],
+            "tokens": thought.tokens,
+        }
+        for i, thought in enumerate(thoughts)
+    ]
+    return row, said
+
+
+def turns_of(problem: Problem) -> Turns:
+    return tuple({"role": m.role, "content": m.content} for m in problem.prompt)
+
+
+def label(strategy: Strategy) -> str:
+    """Its kind, and the scalar fields that differ from the default: `SelfConsistency n=4`."""
+    default = {name: f.default for name, f in type(strategy).model_fields.items()}
+    given = {name: getattr(strategy, name) for name in default}
+    parts = []
+    for name, value in given.items():
+        if value == default[name]:
+            continue
+        plain = dump(value)
+        parts.append(f"{name}={plain['kind'] if isinstance(plain, dict) else plain}")
+    return " ".join([type(strategy).__name__, *parts])
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Lines of text, the cheapest strategy of each exam first."""
+    lines = [
+        f"{'strategy':44} {'exam':16} {'accuracy':>8}  {'95%':13} {'tokens':>8} {'seconds':>8}"
+    ]
+    for row in sorted(rows, key=lambda r: (r["exam"], r["tokens"])):
+        figure = row["accuracy"]
+        interval = f"{figure['low']:.2f} to {figure['high']:.2f}"
+        lines.append(
+            f"{row['strategy'][:44]:44} {row['exam'][:16]:16} {figure['value']:8.3f}  "
+            f"{interval:13} {row['tokens']:8.0f} {row['seconds']:8.1f}"
+        )
+    return lines

@@ -1,0 +1,1 @@
+"""Strategies that spend tokens on an answer: prompts, votes, searches, revisions, budgets."""

@@ -1,0 +1,156 @@
+"""Rejection sampling: what is learned, what is sampled again, what a restart brings back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_generation import END, byte_tokenizer, tiny_model
+
+from treadle.alignment.accepted import Accepted, Hint, with_hint
+from treadle.alignment.rollouts import Rollouts
+from treadle.core.errors import TreadleError
+from treadle.data.problems import Problems
+from treadle.data.records import Problem, user
+from treadle.data.source import Env
+from treadle.inference.sampling import Sampling
+from treadle.models.decoder import DecoderModel
+from treadle.objectives.causal import CausalLM
+from treadle.optim.adamw import AdamW
+from treadle.optim.schedules import Constant
+from treadle.train.fit import Fit, fit
+from treadle.train.hooks import Hook, StepReport
+from treadle.train.parallel.plan import SingleProcess
+from treadle.train.precision import FP32
+
+TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:"
+
+
+class Low(Problems):
+    """Right is a text of at least one sign whose first is below a bound."""
+
+    bound: int = 128
+    told: bool = False
+    """Only a question that tells the answer can be answered."""
+
+    def problem(self, index: int) -> Problem:
+        return Problem((user(f"q{index}"),), "low", "low")
+
+    def score(self, problem: Problem, completion: str) -> float:
+        if self.told and "low" not in problem.prompt[-1].content:
+            return 0.0
+        return float(bool(completion) and ord(completion[0]) < self.bound)
+
+
+def env(model: DecoderModel, folder: Path) -> Env:
+    tokenizer = byte_tokenizer().with_template(TEMPLATE)
+    return Env(model=model, tokenizer=tokenizer, scratch=folder)
+
+
+def model_that_ends() -> DecoderModel:
+    """Its texts end, as a rule within a dozen tokens."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.embedding.weight[END] *= 2.0
+    return model
+
+
+def source(problems: Problems, **changes) -> Accepted:
+    rollouts = Rollouts(
+        problems=problems, prompts=8, completions=8, sampling=Sampling(max_tokens=24)
+    )
+    return Accepted(rollouts=rollouts, **{"per_step": 4, **changes})
+
+
+def texts(work) -> list[tuple[str, str]]:
+    """Prompt and answer of each sequence of a step."""
+    found = []
+    tokenizer = byte_tokenizer()
+    for batch in work.batches:
+        for i, parent in enumerate(batch.layout.parents):
+            if parent >= 0:
+                spans = [batch.layout.span(j) for j in (parent, i)]
+                found.append(
+                    tuple(
+                        tokenizer.decode([t for t in batch.tokens[list(s)].tolist() if t != END])
+                        for s in spans
+                    )
+                )
+    return found
+
+
+def test_only_accepted_samples_are_trained(tmp_path: Path) -> None:
+    problems = Low()
+    stream = source(problems, keep=2).open(env(model_that_ends(), tmp_path))
+    seen: dict[str, int] = {}
+    for _ in range(4):
+        work = next(stream)
+        assert 0 < work.metrics["accepted"] < 1
+        for prompt, answer in texts(work):
+            assert problems.score(problems.problem(0), answer) == 1.0
+            seen[prompt] = seen.get(prompt, 0) + 1
+        for batch in work.batches:
+            learned = {int(s) for s in batch.sequences}
+            assert learned == set(range(batch.sequence_count))
+            assert batch.weights.sum() == len(batch.targets)
+    assert max(seen.values()) == 2
+    assert all(prompt.startswith("u:q") for prompt in seen)
+
+
+class Solved(Hook):
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_step(self, report: StepReport) -> None:
+        self.seen.append(report.metrics["accepted"])
+
+
+def test_accuracy_rises(tmp_path: Path) -> None:
+    model, solved, plan = model_that_ends(), Solved(), SingleProcess()
+    fit(
+        model,
+        source(Low(bound=80)).open(env(model, tmp_path)),
+        CausalLM(),
+        optimizer=AdamW(lr=1e-2),
+        schedule=Constant(),
+        config=Fit(steps=30, precision=FP32()),
+        plan=plan,
+        world=plan.setup("cpu"),
+        folder=tmp_path / "checkpoints",
+        hooks=[solved],
+    )
+    assert sum(solved.seen[-4:]) / 4 > sum(solved.seen[:4]) / 4 + 0.2
+
+
+def test_hints_help_and_are_not_learned(tmp_path: Path) -> None:
+    problems = Low(told=True)
+    with pytest.raises(TreadleError, match="no answer reached the threshold 1 in 8 rounds"):
+        next(source(problems).open(env(model_that_ends(), tmp_path)))
+    stream = source(problems, hint=Hint()).open(env(model_that_ends(), tmp_path))
+    work = next(stream)
+    assert work.metrics["solved"] == 0.0
+    assert work.metrics["hinted"] > 0
+    for prompt, _ in texts(work):
+        assert prompt.startswith("u:q")
+        assert "low" not in prompt
+    told = with_hint(problems.problem(3), Hint())
+    assert told.prompt[-1].content == "q3\n(The answer is low. Show the way to it.)"
+
+
+def test_one_round_is_repeated(tmp_path: Path) -> None:
+    stream = source(Low(), rounds=1, per_step=100).open(env(model_that_ends(), tmp_path))
+    first, second = next(stream), next(stream)
+    assert texts(first) == texts(second)
+    assert second.metrics["round"] == 1
+
+
+def test_a_stream_goes_on_where_it_was(tmp_path: Path) -> None:
+    model = model_that_ends()
+    stream = source(Low(), per_step=2).open(env(model, tmp_path))
+    next(stream)
+    state = stream.state()
+    expected = [texts(next(stream)) for _ in range(4)]  # into the next round
+    again = source(Low(), per_step=2).open(env(model, tmp_path))
+    again.restore(state)
+    assert [texts(next(again)) for _ in range(4)] == expected

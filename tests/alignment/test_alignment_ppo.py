@@ -1,0 +1,150 @@
+"""PPO's rollouts: penalties and returns, epochs over one lot, the penalty's steering, learning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_generation import byte_tokenizer, tiny_model
+
+from treadle.alignment.ppo import PPORollouts
+from treadle.alignment.rollouts import Rollouts
+from treadle.alignment.value_head import ValueHead
+from treadle.data.problems import Problems
+from treadle.data.records import Problem, user
+from treadle.data.source import Env
+from treadle.inference.sampling import Sampling
+from treadle.models.decoder import DecoderModel
+from treadle.objectives.ppo import PPO
+from treadle.optim.adamw import AdamW
+from treadle.optim.schedules import Constant
+from treadle.train.fit import Fit, fit
+from treadle.train.hooks import Hook, StepReport
+from treadle.train.parallel.plan import SingleProcess
+from treadle.train.precision import FP32
+
+TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:"
+
+
+class Letters(Problems):
+    """Reward: the share of the text that is letters."""
+
+    weight: float = 1.0
+
+    def problem(self, index: int) -> Problem:
+        return Problem((user(f"write {index % 3}"),), "", "letters")
+
+    def score(self, problem: Problem, completion: str) -> float:
+        return self.weight * sum(c.islower() for c in completion) / max(1, len(completion))
+
+
+def env(model: DecoderModel, folder: Path) -> Env:
+    tokenizer = byte_tokenizer().with_template(TEMPLATE)
+    return Env(model=model, tokenizer=tokenizer, scratch=folder)
+
+
+def source(**changes) -> PPORollouts:
+    rollouts = Rollouts(
+        problems=Letters(), prompts=4, completions=4, sampling=Sampling(max_tokens=8)
+    )
+    return PPORollouts(rollouts=rollouts).replace(**changes)
+
+
+def moved(model: DecoderModel) -> DecoderModel:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.3)
+    return model
+
+
+def test_returns_of_a_fresh_value_head_are_the_rewards_to_come(tmp_path: Path) -> None:
+    """With V = 0, gamma = lambda = 1 and no penalty, every token's return is the score."""
+    model = ValueHead()(tiny_model())
+    config = source(lam=1.0, beta=0.0)
+    stream = config.open(env(model, tmp_path))
+    next(stream)
+    again = config.rollouts.open(env(model, tmp_path))
+    scores = [r for g in again.roll() for r in g.rewards]
+    for episode, score in zip(stream.lot, scores, strict=True):
+        assert episode.returns == pytest.approx([score] * len(episode.tokens))
+        assert episode.values == [0.0] * len(episode.tokens)
+
+
+def test_the_penalty_is_paid_at_each_token(tmp_path: Path) -> None:
+    """Without a score, returns are the penalties to come: -beta sum (log pi - log ref)."""
+    model = ValueHead()(tiny_model())
+    rollouts = source().rollouts.replace(problems=Letters(weight=0.0))
+    stream = source(rollouts=rollouts, lam=1.0, beta=0.5, gain=0.0).open(env(model, tmp_path))
+    moved(model)
+    next(stream)
+    reference = tiny_model()
+    for episode in stream.lot:
+        row = torch.tensor(episode.prompt + episode.tokens)
+        logp = reference.logits(reference(row)).log_softmax(-1)[len(episode.prompt) - 1 : -1]
+        ref = logp.gather(-1, torch.tensor(episode.tokens)[:, None])[:, 0]
+        penalties = -0.5 * (torch.tensor(episode.behaviour) - ref)
+        to_come = penalties.flip(0).cumsum(0).flip(0)
+        torch.testing.assert_close(torch.tensor(episode.returns), to_come, rtol=1e-3, atol=1e-3)
+
+
+def test_a_lot_is_learned_for_its_epochs(tmp_path: Path) -> None:
+    model = ValueHead()(tiny_model())
+    stream = source(epochs=2, minibatches=2).open(env(model, tmp_path))
+    counts = []
+    for _ in range(4):
+        counts.append(sum(b.sequence_count for b in next(stream).batches))
+    assert counts == [8, 8, 8, 8]
+    assert stream.lots == 1
+    next(stream)
+    assert stream.lots == 2
+
+
+@pytest.mark.parametrize("target", [1e-3, 1e3])
+def test_the_penalty_steers_to_the_target(target: float, tmp_path: Path) -> None:
+    """beta moves by k clip(KL / target - 1, -0.2, 0.2)."""
+    model = ValueHead()(tiny_model())
+    stream = source(beta=0.1, target=target, gain=0.5).open(env(model, tmp_path))
+    moved(model)
+    next(stream)
+    assert stream.beta == pytest.approx(0.1 * (1.1 if target < 1 else 0.9))
+
+
+class Rewards(Hook):
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_step(self, report: StepReport) -> None:
+        self.seen.append(report.metrics["reward"])
+
+
+def test_reward_rises(tmp_path: Path) -> None:
+    model, rewards, plan = ValueHead()(tiny_model()), Rewards(), SingleProcess()
+    fit(
+        model,
+        source(beta=0.001).open(env(model, tmp_path)),
+        PPO(),
+        optimizer=AdamW(lr=1e-2),
+        schedule=Constant(),
+        config=Fit(steps=60, precision=FP32()),
+        plan=plan,
+        world=plan.setup("cpu"),
+        folder=tmp_path / "checkpoints",
+        hooks=[rewards],
+    )
+    assert sum(rewards.seen[:4]) / 4 < 0.25
+    assert sum(rewards.seen[-8:]) / 8 > sum(rewards.seen[:4]) / 4 + 0.2
+
+
+def test_a_stream_goes_on_where_it_was(tmp_path: Path) -> None:
+    model = ValueHead()(tiny_model())
+    stream = source().open(env(model, tmp_path))
+    next(stream)
+    state = stream.state()
+    expected = [next(stream).batches[0] for _ in range(4)]  # into the next lot
+    again = source().open(env(model, tmp_path))
+    again.restore(state)
+    for batch in expected:
+        found = next(again).batches[0]
+        assert torch.equal(found.tokens, batch.tokens)
+        torch.testing.assert_close(found.returns, batch.returns)

@@ -1,0 +1,264 @@
+"""Reasoning strategies: what is asked, which answer is taken, what is counted, what is hidden."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+from tiny_generation import byte_tokenizer, tiny_model
+
+from treadle.core.config import from_yaml, to_yaml
+from treadle.core.errors import TreadleError
+from treadle.inference.engine import Engine
+from treadle.inference.reasoning.budget import ThinkingBudget
+from treadle.inference.reasoning.critique import CritiqueAndRefine
+from treadle.inference.reasoning.prompting import (
+    ChainOfThought,
+    Direct,
+    FewShot,
+    LeastToMost,
+    SelfAsk,
+    Shot,
+    listed,
+)
+from treadle.inference.reasoning.strategy import Ask, Thinker, Turns, private, visible
+from treadle.inference.reasoning.votes import (
+    BestOfN,
+    ByLikelihood,
+    ByVerifier,
+    SelfConsistency,
+    elect,
+)
+from treadle.inference.request import Completion
+from treadle.inference.sampling import Sampling
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+def asked(text: str) -> Turns:
+    return ({"role": "user", "content": text},)
+
+
+def answer_of(text: str) -> str | None:
+    _, found, answer = text.rpartition("Answer:")
+    return answer.strip() or None if found else None
+
+
+class Scripted(Thinker):
+    """Says what a function tells it to, and remembers what it was asked."""
+
+    def __init__(self, say: Callable[[Ask, int], str], *, logprob: float = -0.5, **fields) -> None:
+        super().__init__(None, answer_of, **fields)  # type: ignore[arg-type]
+        self.say, self.logprob, self.heard = say, logprob, []
+
+    def ask(self, asks: Sequence[Ask], sampling: Sampling, n: int = 1) -> list[list[Completion]]:
+        rows = []
+        for ask in asks:
+            self.heard.append(ask)
+            texts = [self.say(ask, k) for k in range(n)]
+            row = [
+                Completion(tuple(t.encode()), t, (self.logprob,) * len(t.encode()), "stop")
+                for t in texts
+            ]
+            self.spent[ask.question] = self.spent.get(ask.question, 0) + sum(
+                len(c.tokens) for c in row
+            )
+            rows.append(row)
+        return rows
+
+
+def thinker(**engine) -> Thinker:
+    tokenizer = byte_tokenizer().with_template(TEMPLATE)
+    return Thinker(Engine(tiny_model(**engine), tokenizer), answer_of)
+
+
+# Prompts
+
+
+def test_prompts_are_rendered_as_specified() -> None:
+    """The very text that reaches the model, by the template."""
+    turns = ({"role": "system", "content": "S"}, *asked("Q"))
+    shots = FewShot(shots=(Shot(question="1+1", answer="2"), Shot(question="2+2", answer="4")))
+    tokenizer = byte_tokenizer().with_template(TEMPLATE)
+    expected = {
+        ChainOfThought(): "s:S\nu:Q\na:Let's think step by step.\n",
+        SelfAsk(): "s:S\nu:Q\na:Are follow up questions needed here: Yes.\nFollow up:",
+        shots: "s:S\nu:1+1\na:2\nu:2+2\na:4\nu:Q\na:",
+    }
+    for prompt, text in expected.items():
+        conversation, prefix = prompt(turns)
+        rendered = tokenizer.render(list(conversation), add_generation_prompt=True)
+        assert rendered + prefix == text
+
+
+def test_least_to_most_answers_the_parts_first() -> None:
+    def say(ask: Ask, k: int) -> str:
+        last = ask.turns[-1]["content"]
+        if "Do not answer yet" in last:
+            return "These:\n1. How many cats?\n- How many dogs?\n3) Sum?\n4. Too many"
+        return {"How many cats?": "two", "How many dogs?": "three", "Sum?": "five"}.get(
+            last, "Answer: 5"
+        )
+
+    mind = Scripted(say)
+    (thought,) = LeastToMost(parts=2)(mind, [asked("How many pets?")])
+    assert thought.answer == "5"
+    final = [t["content"] for t in mind.heard[-1].turns]
+    assert final == ["How many cats?", "two", "How many dogs?", "three", "How many pets?"]
+    assert thought.tokens == sum(mind.spent.values())
+    assert listed("So:\n* a\n2. b\n\n c ") == ["a", "b", "c"]
+
+
+# Votes
+
+
+def test_votes_against_counting() -> None:
+    """Against Counter and numpy on random votes; paths without an answer abstain."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        answers = [[None, "a", "b", "c"][i] for i in rng.integers(0, 4, size=9)]
+        weights = rng.random(9).tolist()
+        given = [a for a in answers if a is not None]
+        chosen = answers[elect(answers, [1.0] * 9)]
+        most = Counter(given).most_common()
+        assert dict(most)[chosen] == most[0][1]
+        totals = {a: sum(w for x, w in zip(answers, weights, strict=True) if x == a) for a in given}
+        assert answers[elect(answers, weights)] == max(totals, key=totals.__getitem__)
+    assert elect([None, None], [1.0, 1.0]) == 0
+
+
+def test_self_consistency_takes_the_most_frequent_answer() -> None:
+    mind = Scripted(lambda ask, k: f"Answer: {[1, 2, 2, 3][k]}")
+    (thought,) = SelfConsistency(n=4)(mind, [asked("?")])
+    assert thought.answer == "2"
+    assert len(thought.trace) == 4
+
+
+def test_likelihood_is_the_geometric_mean() -> None:
+    path = Completion((1, 2), "x", (math.log(0.5), math.log(0.125)), "stop")
+    assert ByLikelihood()(path) == pytest.approx(0.25)
+    assert ByLikelihood()(Completion((), "", (), "length")) == 0.0
+
+
+def test_best_of_n_has_the_closed_form_rate() -> None:
+    """With a verifier, N samples that are each right with p solve 1 - (1 - p)^N."""
+    rng, p, n, count = np.random.default_rng(1), 0.2, 4, 2000
+    mind = Scripted(
+        lambda ask, k: f"Answer: {int(rng.random() < p)}",
+        verify=lambda i, text: float(text.endswith("1")),
+    )
+    thoughts = BestOfN(n=n, by=ByVerifier())(mind, [asked("?")] * count)
+    rate = sum(t.answer == "1" for t in thoughts) / count
+    wanted = 1 - (1 - p) ** n
+    assert abs(rate - wanted) < 4 * math.sqrt(wanted * (1 - wanted) / count)
+
+
+def test_best_of_n_without_verifier_is_named() -> None:
+    with pytest.raises(TreadleError, match="have no verifier: choose BySureness"):
+        BestOfN(n=2, by=ByVerifier())(Scripted(lambda a, k: "x"), [asked("?")])
+
+
+# Refinement
+
+
+def test_refinement_talks_as_in_the_paper() -> None:
+    def say(ask: Ask, k: int) -> str:
+        said = [t["content"] for t in ask.turns]
+        if len(said) == 1:
+            return "Answer: 3" if said[0] == "easy" else "Answer: 4"
+        if len(said) == 3:
+            return "No mistakes." if said[0] == "easy" else "The sum is wrong."
+        return "I give up" if said[0] == "lost" else "Answer: 5"
+
+    strategy, mind = CritiqueAndRefine(), Scripted(say)
+    easy, hard, lost = strategy(mind, [asked("easy"), asked("hard"), asked("lost")])
+    assert (easy.answer, hard.answer, lost.answer) == ("3", "5", "4")
+    assert hard.trace == ("Answer: 4", "The sum is wrong.", "Answer: 5")
+    assert easy.trace == ("Answer: 3", "No mistakes.")
+    refined = next(a for a in mind.heard if a.question == 1 and len(a.turns) == 5)
+    assert [t["content"] for t in refined.turns] == [
+        "hard",
+        "Answer: 4",
+        strategy.critique,
+        "The sum is wrong.",
+        strategy.refine,
+    ]
+
+
+# Budgets and privacy
+
+
+@pytest.mark.parametrize("most", [1, 7, 20])
+def test_tokens_obey_the_budget(most: int) -> None:
+    """A real engine: thinking ends at the budget and the answer at its own."""
+    mind = thinker(context=256)
+    strategy = ThinkingBudget(most=most, answer=5, sampling=Sampling(temperature=1.0))
+    for thought in strategy(mind, [asked("a"), asked("bb"), asked("ccc")]):
+        assert thought.tokens <= most + 5
+        assert visible(thought.text).startswith("Answer:")
+
+
+def test_early_stops_are_overruled() -> None:
+    mind = Scripted(lambda ask, k: "hm" if ask.prefix.count("</think>") == 0 else " 7")
+    (thought,) = ThinkingBudget(most=20, least=6)(mind, [asked("?")])
+    assert private(thought.text) == "hm\nWaithm\nWaithm"
+    assert thought.answer == "7"
+    assert thought.tokens == 6 + 2
+    with pytest.raises(ValueError, match="least=9 is more than most=5"):
+        ThinkingBudget(most=5, least=9)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown", "hidden"),
+    [
+        ("<think>\nsecret\n</think>\nAnswer: 1", "Answer: 1", "secret"),
+        ("secret\n</think>\nAnswer: 1", "Answer: 1", "secret"),
+        ("<think>never ends", "", "never ends"),
+        ("before <think>x</think>y<think>z</think> after", "before y after", "x"),
+        ("plain", "plain", ""),
+    ],
+)
+def test_private_reasoning_is_hidden(text: str, shown: str, hidden: str) -> None:
+    assert visible(text) == shown
+    assert private(text) == hidden
+
+
+def test_answers_in_private_do_not_count() -> None:
+    mind = Scripted(lambda ask, k: "<think>Answer: 1</think>I do not know.")
+    assert Direct()(mind, [asked("?")])[0].answer is None
+
+
+# With an engine
+
+
+def test_the_engine_gets_the_conversation_and_the_beginning() -> None:
+    """Greedy continuation of prompt and prefix equals that of the joined text."""
+    mind = thinker(context=256)
+    sampling = Sampling(temperature=0.0, max_tokens=8)
+    ((found,),) = mind.ask([Ask(0, asked("hi"), "So ")], sampling)
+    tokens = tuple(mind.engine.tokenizer.encode("u:hi\na:So "))
+    from treadle.inference.request import Request
+
+    ((expected,),) = mind.engine.generate([Request(tokens, sampling)])
+    assert found.tokens == expected.tokens
+    assert mind.spent == {0: len(found.tokens)}
+
+
+def test_conversations_that_do_not_fit_are_counted() -> None:
+    mind = thinker(context=32)
+    short, long = Direct(sampling=Sampling(max_tokens=4))(mind, [asked("a"), asked("b" * 99)])
+    assert mind.overflows == 1
+    assert long.text == ""
+    assert long.tokens == 0
+    assert short.tokens == 4
+
+
+def test_strategies_are_configurations() -> None:
+    strategy = SelfConsistency(n=3, prompt=ChainOfThought(), vote=ByLikelihood())
+    assert from_yaml(to_yaml(strategy), expect=SelfConsistency) == strategy
