@@ -56,7 +56,7 @@ class Step(Config):
 
     def reads(self) -> tuple[str, ...]:
         """Names of the steps that this one uses."""
-        return tuple(dict.fromkeys(r.step for r in _references(self)))
+        return tuple(dict.fromkeys(r.step for r in references(self)))
 
 
 class Summary(Step):
@@ -318,15 +318,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _references(node: Any) -> Iterator[Reads]:
+def references(node: Any) -> Iterator[Reads]:
+    """What a configuration, at any depth, uses of earlier steps."""
     if isinstance(node, Reads):
         yield node
     if isinstance(node, Config):
         for name in type(node).model_fields:
-            yield from _references(getattr(node, name))
+            yield from references(getattr(node, name))
     elif isinstance(node, Sequence) and not isinstance(node, str):
         for part in node:
-            yield from _references(part)
+            yield from references(part)
 
 
 def _duration(seconds: float) -> str:

@@ -81,7 +81,7 @@ def token_logprobs(
     rule: HeadRule = HeadRule(),
 ) -> Float[Tensor, " M"]:
     """Log-probability of each target in fp32, differentiable in hidden, weight and bias."""
-    hidden, weight = _operands(hidden, weight)
+    hidden, weight = operands(hidden, weight)
     logp: Tensor = _TokenLogprobs.apply(hidden, weight, targets, bias, rule)
     return logp
 
@@ -96,11 +96,11 @@ def token_statistics(
     rule: HeadRule = HeadRule(),
 ) -> TokenStatistics:
     """Log-probability of each target and entropy of its distribution."""
-    hidden, weight = _operands(hidden, weight)
+    hidden, weight = operands(hidden, weight)
     logprobs = torch.empty(len(targets), device=hidden.device)
     entropy = torch.empty_like(logprobs)
     for rows in chunks(len(targets), len(weight)):
-        logits, _ = _logits(hidden[rows], weight, bias, rule)
+        logits, _ = head_logits(hidden[rows], weight, bias, rule)
         shifted = logits.sub_(logits.amax(-1, keepdim=True))
         target = shifted.gather(-1, targets[rows, None])[:, 0]
         p = shifted.exp()
@@ -128,11 +128,11 @@ def linear_cross_entropy(
     rule: HeadRule = HeadRule(),
 ) -> CrossEntropy:
     """-sum_i weights_i logp_i; its gradient is taken chunk by chunk in the forward pass."""
-    hidden, weight = _operands(hidden, weight)
+    hidden, weight = operands(hidden, weight)
     return CrossEntropy(*_LinearCrossEntropy.apply(hidden, weight, targets, weights, bias, rule))
 
 
-def _operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Both in one dtype: autocast's where it is on, else the weight's. Cast once, not per chunk."""
     device = hidden.device.type
     mixed = torch.is_autocast_enabled(device)
@@ -140,7 +140,7 @@ def _operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.to(dtype), weight.to(dtype)
 
 
-def _logits(
+def head_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: HeadRule
 ) -> tuple[Tensor, Tensor | None]:
     """fp32 logits after cap and temperature, and the derivative of the cap."""
@@ -192,7 +192,7 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> Tensor:
         logp = torch.empty(len(targets), device=hidden.device)
         for rows in chunks(len(targets), len(weight)):
-            logits, _ = _logits(hidden[rows], weight, bias, rule)
+            logits, _ = head_logits(hidden[rows], weight, bias, rule)
             logp[rows] = _Softmax.of(logits, targets[rows]).logp
         ctx.save_for_backward(hidden, weight, targets, bias)
         ctx.rule = rule
@@ -201,9 +201,9 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, bias = ctx.saved_tensors
-        sums = _Gradients(ctx, hidden, weight, bias)
+        sums = HeadGradients(ctx, hidden, weight, bias)
         for rows in chunks(len(targets), len(weight)):
-            logits, slope = _logits(hidden[rows], weight, bias, ctx.rule)
+            logits, slope = head_logits(hidden[rows], weight, bias, ctx.rule)
             softmax = _Softmax.of(logits, targets[rows])
             sums.add(rows, softmax.gradient(slope, targets[rows], grads[0][rows], ctx.rule))
         return sums.hidden, sums.weight, None, sums.bias, None
@@ -222,9 +222,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         total = torch.zeros((), device=hidden.device)
         correct = torch.zeros((), device=hidden.device)
-        sums = _Gradients(ctx, hidden, weight, bias, positions=(0, 1, 4))
+        sums = HeadGradients(ctx, hidden, weight, bias, positions=(0, 1, 4))
         for rows in chunks(len(targets), len(weight)):
-            logits, slope = _logits(hidden[rows], weight, bias, rule)
+            logits, slope = head_logits(hidden[rows], weight, bias, rule)
             y, w = targets[rows], weights[rows].float()
             softmax = _Softmax.of(logits, y)
             total -= (w * softmax.logp).sum()
@@ -237,14 +237,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        g, sums = grads[0], ctx.sums
-        hidden, weight, bias = (
-            None if t is None else t * g.to(t.dtype) for t in (sums.hidden, sums.weight, sums.bias)
-        )
+        hidden, weight, bias = ctx.sums.times(grads[0])
         return hidden, weight, None, None, bias, None
 
 
-class _Gradients:
+class HeadGradients:
     """Sums of the gradients that are asked for; rows of logit gradients go in."""
 
     def __init__(
@@ -271,3 +268,10 @@ class _Gradients:
             self.weight += low.T @ self.inputs[rows].to(low.dtype)
         if self.bias is not None:
             self.bias += grad.sum(0).to(self.bias.dtype)
+
+    def times(self, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of hidden, weight and bias where the sum's own gradient is `g`."""
+        hidden, weight, bias = (
+            None if t is None else t * g.to(t.dtype) for t in (self.hidden, self.weight, self.bias)
+        )
+        return hidden, weight, bias
