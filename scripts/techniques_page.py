@@ -67,10 +67,15 @@ def page() -> str:
 
     cards = {card.id: card for card in read_cards()}
     ids = catalogue_ids()
-    parts = [HEAD.format(done=len(cards), all=len(ids))]
+    parts = [HEAD.format(done=sum(i in cards for i in ids), all=len(ids))]
     for prefix, group in groupby(ids, key=lambda i: i.partition(".")[0]):
         names = list(group)
-        found = [cards[name] for name in names if name in cards]
+        found = [
+            card
+            for name in names
+            for card in cards.values()
+            if card.id == name or card.id.rpartition(".")[0] == name
+        ]
         planned = [f"`{name}`" for name in names if name not in cards]
         parts.append(f"\n## {SECTIONS[prefix]}\n")
         for card in found:

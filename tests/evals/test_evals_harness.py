@@ -152,7 +152,7 @@ class Watch(Progress):
         self.told: list[float] = []
         self.patience = patience
 
-    def task(self, name: str, total: float) -> Task:
+    def task(self, name: str, total: float | None, *, expected: float | None = None) -> Task:
         self.told.append(total)
         watch = self
 

@@ -1,4 +1,4 @@
-"""Norm and gate with backward passes of their own, against their definitions in float64."""
+"""Norm, gate and rotation with backward passes of their own, against float64 definitions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 
 from treadle.kernels.gated import activate, gated, gated_reference
 from treadle.kernels.rms_norm import rms_norm, rms_norm_reference
+from treadle.kernels.rotary import rotary, rotary_reference
 
 ACTIVATIONS = ["relu", "gelu", "gelu_tanh", "silu", "relu2"]
 
@@ -38,6 +39,23 @@ def test_gated(name) -> None:
     torch.testing.assert_close(torch.autograd.grad((found * dy).sum(), (gate, up)), grads)
 
 
+@pytest.mark.parametrize("width", [8, 6])
+def test_rotary_is_multiplication_by_a_complex_number(width: int) -> None:
+    torch.manual_seed(0)
+    x, dy = torch.randn(2, 5, 3, 16).unbind(0)
+    x.requires_grad_()
+    angles = torch.randn(5, 1, width)
+    x_ = x.double()
+    turned = torch.complex(x_[..., :width], x_[..., width : 2 * width])
+    turned = turned * torch.polar(torch.ones(5, 1, width).double(), angles.double())
+    expected = torch.cat([turned.real, turned.imag, x_[..., 2 * width :]], -1)
+    (grad,) = torch.autograd.grad((expected * dy).sum(), x)
+    for function in (rotary, rotary_reference):
+        found = function(x, angles.cos(), angles.sin())
+        torch.testing.assert_close(found, expected.float())
+        torch.testing.assert_close(torch.autograd.grad((found * dy).sum(), x)[0], grad)
+
+
 def saved_bytes(function, *inputs: torch.Tensor) -> int:
     sizes: list[int] = []
     kept = {t.data_ptr() for t in inputs}
@@ -59,6 +77,8 @@ def test_nothing_is_remembered_but_the_inputs() -> None:
     assert saved_bytes(lambda a, g: rms_norm_reference(a, g, 1e-5), x, gain) > 64 * 32 * 4
     up = torch.randn(64, 32, dtype=torch.bfloat16, requires_grad=True)
     assert saved_bytes(lambda a, b: gated(a, b, "silu"), x, up) == 0
+    heads, angles = x.view(64, 2, 16), torch.randn(64, 1, 8, dtype=torch.bfloat16)
+    assert saved_bytes(lambda a, b: rotary(a, b, b), heads, angles) == 0
 
 
 def test_frozen_gain_and_low_precision() -> None:

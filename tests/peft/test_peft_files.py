@@ -21,7 +21,8 @@ from treadle.models.llama import tiny_llama
 from treadle.nn.ffn.ffn import MLP, GatedMLP
 from treadle.peft.adapter import adapted, freeze
 from treadle.peft.files import load_adapter, save_adapter
-from treadle.peft.lora import LoRA, RankStabilised
+from treadle.peft.lora import LoRA
+from treadle.peft.low_rank import RankStabilised
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 
@@ -189,7 +190,7 @@ def _nothing(folder: Path) -> None:
             {},
             "unknown peft_type 'LOHA'",
         ),
-        (lambda f: _rewrite(f, lambda c: c.update(use_dora=True)), {}, "use_dora=True"),
+        (lambda f: _rewrite(f, lambda c: c.update(use_qalora=True)), {}, "use_qalora=True"),
         (lambda f: _rewrite(f, lambda c: c.update(bias="all")), {}, "bias='all'"),
         (lambda f: _rewrite(f, lambda c: c.update(r=None)), {}, "r=None"),
         (lambda f: _rewrite(f, lambda c: c.update(r=2)), {}, r"is \(4, 32\).*must be \(2, 32\)"),

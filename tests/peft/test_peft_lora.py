@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +13,8 @@ from treadle.core.errors import ConfigError
 from treadle.models.decoder import Decoder, DecoderModel, LinearHead
 from treadle.models.llama import tiny_llama
 from treadle.peft.adapter import adapted, disabled, merge, merged, remove, unmerge
-from treadle.peft.lora import Gaussian, LoRA, LoRAEmbedding, LoRALinear, RankStabilised
+from treadle.peft.lora import LoRA, LoRAEmbedding, LoRALinear
+from treadle.peft.low_rank import Gaussian, RankStabilised
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
 
@@ -268,6 +270,50 @@ def test_embedding_adapter_equals_its_table() -> None:
     nn.init.normal_(layer.A)
     ids = torch.tensor([[1, 2], [9, 1]])
     torch.testing.assert_close(layer(ids), layer.merged()(ids))
+
+
+CONVOLUTIONS = [
+    (nn.Conv1d(6, 8, 3, stride=2, padding=1), (5, 6, 11)),
+    (nn.Conv2d(6, 8, (3, 2), padding=1, bias=False), (5, 6, 9, 8)),
+    (nn.Conv3d(6, 8, 1), (5, 6, 3, 4, 2)),
+]
+
+
+@pytest.mark.parametrize(("base", "shape"), CONVOLUTIONS, ids=lambda v: type(v).__name__)
+def test_convolutions_match_peft(base: nn.Module, shape: tuple[int, ...]) -> None:
+    """Outputs and gradients with the same factors, and the merged weight."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    theirs = get_peft_model(
+        nn.ModuleDict({"conv": copy.deepcopy(base)}),
+        LoraConfig(r=4, lora_alpha=12, target_modules=["conv"], init_lora_weights=False),
+    )
+    conv = theirs.base_model.model["conv"]
+    layer = LoRA(rank=4, alpha=12, targets=("0",))(nn.Sequential(copy.deepcopy(base)))[0]
+    factors = {f"lora_{p}.weight": getattr(conv, f"lora_{p}")["default"].weight for p in "AB"}
+    with torch.no_grad():
+        for name, tensor in layer.peft_tensors().items():
+            tensor.copy_(factors[name])
+    x = torch.randn(shape)
+    ours, expected = layer(x), conv(x)
+    assert (ours - base(x)).abs().max() > 0.1
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    weight = torch.randn(expected.shape)
+    (ours * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for name, parameter in (("lora_A.weight", layer.A), ("lora_B.weight", layer.B)):
+        torch.testing.assert_close(
+            parameter.grad, factors[name].grad.view_as(parameter), rtol=1e-3, atol=1e-3
+        )
+    before = base.weight.detach().clone()
+    torch.testing.assert_close(layer.merged()(x), ours, rtol=1e-4, atol=1e-4)
+    assert torch.equal(layer.base.weight, before)
+
+
+def test_a_grouped_convolution_is_refused() -> None:
+    with pytest.raises(ConfigError, match="`0` convolves in 4 groups"):
+        LoRA(rank=2, targets=("0",))(nn.Sequential(nn.Conv1d(4, 4, 3, groups=4)))
 
 
 def test_gaussian_start() -> None:

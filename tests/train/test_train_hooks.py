@@ -114,7 +114,7 @@ class Heard(Progress, Task):
         self.updates: list[tuple[float, str]] = []
         self.closed = 0
 
-    def task(self, name: str, total: float | None = None) -> Task:
+    def task(self, name: str, total: float | None, *, expected: float | None = None) -> Task:
         self.said.append(f"task {name} {total:g}")
         return self
 

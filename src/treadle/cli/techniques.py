@@ -12,12 +12,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from treadle.cli.command import Command
+from treadle.core.cards import Card
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from treadle.core.cards import Card
-
+CARD = Card(
+    id="plan.techniques",
+    paper="none; generated from the cards of the package",
+    summary="The catalogue: paper, code, recipe and proof of each technique, searchable.",
+    recipe="treadle techniques rope",
+    oracle="tests/test_house.py::test_each_oracle_is_collected",
+)
 COLUMNS = ("id", "summary", "paper", "code", "recipe", "oracle")
 
 
@@ -44,7 +50,8 @@ def techniques(
     else:
         _table(cards, planned)
     if search is None and not as_json:
-        typer.echo(f"\n{len(cards)} of {len(ids)} techniques work", err=True)
+        done = len(ids) - len(planned)
+        typer.echo(f"\n{done} of {len(ids)} rows of the catalogue work", err=True)
 
 
 def _matching(

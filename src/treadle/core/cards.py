@@ -17,7 +17,7 @@ class Card:
     """What a technique is. Written once in its file, with literal strings only."""
 
     id: str
-    """The row of the catalogue, such as `al.dpo`."""
+    """The row of the catalogue, such as `al.dpo`; `row.technique` where a row names several."""
     paper: str
     """Author, year and title or arXiv number."""
     summary: str

@@ -56,7 +56,7 @@ class Step(Config):
 
     def reads(self) -> tuple[str, ...]:
         """Names of the steps that this one uses."""
-        return tuple(dict.fromkeys(r.step for r in _references(self)))
+        return tuple(dict.fromkeys(r.step for r in references(self)))
 
 
 class Summary(Step):
@@ -158,14 +158,15 @@ def _alone(root: Path) -> Iterator[None]:
 
 
 def _lead(pipeline: Pipeline, root: Path, keys: Mapping[str, str], progress: Progress) -> None:
-    expected = sum(s.minutes for s in pipeline.steps)
+    done = {s.name for s in pipeline.steps if finished(root / s.name, keys[s.name])}
+    minutes = sum(s.minutes for s in pipeline.steps if s.name not in done)
     passed = 0.0
     read = inputs(pipeline)
-    with progress.task(pipeline.name, total=expected) as overall:
+    with progress.task(pipeline.name, minutes, expected=60 * minutes) as overall:
         for number, step in enumerate(pipeline.steps, 1):
             overall.update(passed, note=f"step {number} of {len(pipeline.steps)}: {step.name}")
             folder, key = root / step.name, keys[step.name]
-            if finished(folder, key):
+            if step.name in done:
                 seconds = read_manifest(folder)["cost"]["seconds"]
                 progress.say(f"{step.name}: done before ({_duration(seconds)}), skipped")
             else:
@@ -174,7 +175,7 @@ def _lead(pipeline: Pipeline, root: Path, keys: Mapping[str, str], progress: Pro
                 workspace = Workspace(root, folder, pipeline, inner)
                 seconds = _run(step, workspace, key, {n: keys[n] for n in read[step.name]})
                 progress.say(f"{step.name}: done in {_duration(seconds)}")
-            passed += step.minutes
+                passed += step.minutes
 
 
 def _follow(pipeline: Pipeline, root: Path, keys: Mapping[str, str]) -> None:
@@ -195,9 +196,15 @@ class _Share(Progress):
 
     def __init__(self, inner: Progress, overall: Task, start: float, share: float) -> None:
         self.inner, self.overall, self.start, self.share = inner, overall, start, share
+        self.fraction = 0.0
 
-    def task(self, name: str, total: float | None = None) -> Task:
-        return _SharedTask(self, self.inner.task(name, total), total)
+    def task(self, name: str, total: float | None, *, expected: float | None = None) -> Task:
+        return _SharedTask(self, self.inner.task(name, total, expected=expected), total)
+
+    def reached(self, fraction: float) -> None:
+        """The overall bar never goes back, however many tasks a step has."""
+        self.fraction = max(self.fraction, fraction)
+        self.overall.update(self.start + self.share * self.fraction)
 
     def say(self, line: str) -> None:
         self.inner.say(line)
@@ -209,8 +216,7 @@ class _SharedTask(Task):
 
     def update(self, completed: float, *, note: str = "") -> None:
         self.inner.update(completed, note=note)
-        fraction = completed / self.total if self.total else 1.0
-        self.owner.overall.update(self.owner.start + self.owner.share * fraction)
+        self.owner.reached(completed / self.total if self.total else 0.0)
 
     def close(self) -> None:
         self.inner.close()
@@ -312,15 +318,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _references(node: Any) -> Iterator[Reads]:
+def references(node: Any) -> Iterator[Reads]:
+    """What a configuration, at any depth, uses of earlier steps."""
     if isinstance(node, Reads):
         yield node
     if isinstance(node, Config):
         for name in type(node).model_fields:
-            yield from _references(getattr(node, name))
+            yield from references(getattr(node, name))
     elif isinstance(node, Sequence) and not isinstance(node, str):
         for part in node:
-            yield from _references(part)
+            yield from references(part)
 
 
 def _duration(seconds: float) -> str:

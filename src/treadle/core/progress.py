@@ -19,7 +19,6 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.progress import Progress as Bars
 
@@ -51,8 +50,13 @@ class Progress(ABC):
     """Where work reports."""
 
     @abstractmethod
-    def task(self, name: str, total: float | None) -> Task:
-        """Begin a task of `total` units; None where nobody knows how many."""
+    def task(self, name: str, total: float | None, *, expected: float | None = None) -> Task:
+        """Begin a task.
+
+        Args:
+            total: units of work; None where nobody knows how many.
+            expected: seconds that all of it takes on a usual machine, where somebody knows.
+        """
 
     @abstractmethod
     def say(self, line: str) -> None:
@@ -63,10 +67,37 @@ class Progress(ABC):
         return
 
 
+class Estimate:
+    """How long a task will still take, by its pace so far.
+
+    Where a duration is expected, the pace is drawn towards it as if `PRIOR` seconds of that pace
+    had been seen before: a slow first step does not turn minutes into hours.
+    """
+
+    PRIOR = 60.0
+
+    def __init__(self, total: float | None, expected: float | None = None) -> None:
+        self.total, self.expected = total, expected
+        self.start, self.first = time.monotonic(), 0.0 if expected else None
+
+    def left(self, completed: float) -> float | None:
+        """Seconds, or None while nothing can be said."""
+        elapsed = time.monotonic() - self.start
+        if self.first is None:
+            self.first = completed  # a task that goes on from here
+        done = completed - self.first
+        if self.total is None or (done <= 0 and not self.expected):
+            return None
+        if not self.expected:
+            return elapsed * (self.total - completed) / done
+        pace = (elapsed + self.PRIOR) / (self.expected * done / self.total + self.PRIOR)
+        return pace * self.expected * (self.total - completed) / self.total
+
+
 class Silent(Progress):
     """Shows nothing."""
 
-    def task(self, name: str, total: float | None) -> Task:
+    def task(self, name: str, total: float | None, *, expected: float | None = None) -> Task:
         return _NoTask()
 
     def say(self, line: str) -> None:
@@ -90,16 +121,16 @@ class Terminal(Progress):
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False),
+            TextColumn("{task.fields[left]} left"),
             TextColumn("[dim]{task.fields[note]}"),
             console=Console(stderr=True),
             transient=True,
         )
         self.bars.start()
 
-    def task(self, name: str, total: float | None) -> Task:
-        return _Bar(self.bars, self.bars.add_task(name, total=total, note=""))
+    def task(self, name: str, total: float | None, *, expected: float | None = None) -> Task:
+        task = self.bars.add_task(name, total=total, note="", left="-:--")
+        return _Bar(self.bars, task, Estimate(total, expected))
 
     def say(self, line: str) -> None:
         self.bars.console.print(line, highlight=False, markup=False)
@@ -109,11 +140,12 @@ class Terminal(Progress):
 
 
 class _Bar(Task):
-    def __init__(self, bars: Bars, task: TaskID) -> None:
-        self.bars, self.id = bars, task
+    def __init__(self, bars: Bars, task: TaskID, estimate: Estimate) -> None:
+        self.bars, self.id, self.estimate = bars, task, estimate
 
     def update(self, completed: float, *, note: str = "") -> None:
-        self.bars.update(self.id, completed=completed, note=note)
+        left = _clock(self.estimate.left(completed))
+        self.bars.update(self.id, completed=completed, note=note, left=left)
 
     def close(self) -> None:
         self.bars.remove_task(self.id)
@@ -125,35 +157,37 @@ class Lines(Progress):
     def __init__(self, every: float = 10.0) -> None:
         self.every = every
 
-    def task(self, name: str, total: float | None) -> Task:
-        return _Lines(self, name, total)
+    def task(self, name: str, total: float | None, *, expected: float | None = None) -> Task:
+        return _Lines(self, name, Estimate(total, expected))
 
     def say(self, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
 class _Lines(Task):
-    def __init__(self, parent: Lines, name: str, total: float | None) -> None:
-        self.parent, self.name, self.total = parent, name, total
-        self.start = self.last = time.monotonic()
-        self.first: float | None = None
+    def __init__(self, parent: Lines, name: str, estimate: Estimate) -> None:
+        self.parent, self.name, self.estimate = parent, name, estimate
+        self.last = time.monotonic()
 
     def update(self, completed: float, *, note: str = "") -> None:
-        now = time.monotonic()
-        if self.first is None:
-            self.first = completed
+        left = self.estimate.left(completed)
+        now, total = time.monotonic(), self.estimate.total
         if now - self.last < self.parent.every:
             return
         self.last = now
-        if self.total is None:
-            self.parent.say(f"{self.name}: {completed:g} {note}")
-            return
-        done = completed - self.first
-        left = (now - self.start) * (self.total - completed) / done if done > 0 else float("nan")
-        self.parent.say(f"{self.name}: {completed:g}/{self.total:g}, {left:.0f} s left {note}")
+        said = f"{self.name}: {completed:.6g}" + ("" if total is None else f"/{total:.6g}")
+        self.parent.say(f"{said}, {_clock(left)} left {note}".rstrip())
 
     def close(self) -> None:
         return
+
+
+def _clock(seconds: float | None) -> str:
+    if seconds is None:
+        return "-:--"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def standard() -> Progress:

@@ -19,6 +19,7 @@ from treadle.data.batch import Batch
 from treadle.models.decoder import DecoderModel
 
 if TYPE_CHECKING:
+    from treadle.core.pipeline import Workspace
     from treadle.tokenizers.tokenizer import Tokenizer
 
 
@@ -45,6 +46,8 @@ class Env:
     device: str = "cpu"
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
     """The precision in which the model runs."""
+    workspace: Workspace | None = None
+    """Of the step, for sources that read other steps' models; None outside a pipeline."""
 
 
 class Stream(ABC):

@@ -56,6 +56,19 @@ def dequantise_q8(blocks: UInt8[Tensor, "N 34"]) -> Float[Tensor, "N 32"]:
     return from_half_bytes(blocks[:, :2]) * blocks[:, 2:].contiguous().view(torch.int8)
 
 
+def grid(blocks: UInt8[Tensor, "N B"], bits: int) -> tuple[Tensor, Tensor]:
+    """Step and lowest level of each block, [N 1]: x = step q + lowest for all but Q8_0."""
+    step = from_half_bytes(blocks[:, :2])
+    affine = blocks.shape[1] == 4 + 4 * (bits == 5) + 16
+    return step, from_half_bytes(blocks[:, 2:4]) if affine else step * -(1 << bits - 1)
+
+
+def recode(blocks: UInt8[Tensor, "N B"], q: UInt8[Tensor, "N 32"], bits: int) -> Tensor:
+    """The blocks with other codes on the same grid."""
+    codes = _pack(q, bits)
+    return torch.cat([blocks[:, : -codes.shape[1]], codes], 1)
+
+
 def _pack(q: UInt8[Tensor, "N 32"], bits: int) -> UInt8[Tensor, "N B"]:
     """Weights i and i + 16 share a byte; fifth bits come first, one bit a weight."""
     nibbles = (q[:, :16] & 15) | (q[:, 16:] << 4)

@@ -113,16 +113,21 @@ class DecoderModel(nn.Module):
         if context is None:
             rows, width = (1, shape[0]) if tokens.ndim == 1 else (shape[0], shape[1])
             context = Packed.of(Layout.rows(rows, width), tokens.device)
-        x = self.embedding(tokens.flatten())
+        x = self.embed(tokens.flatten(), context)
+        for block in self.blocks:
+            x = block(x, context)
+        hidden: Tensor = self.norm(x)
+        return hidden if tokens.ndim == 1 else hidden.unflatten(0, shape)
+
+    def embed(self, tokens: Int[Tensor, " N"], context: Context) -> Float[Tensor, "N D"]:
+        """What the first block reads."""
+        x: Tensor = self.embedding(tokens)
         if self.config.embedding_scale != 1.0:
             # Gemma rounds the factor to the dtype of the embeddings before it multiplies.
             x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)
         if self.position is not None:
             x = x + self.position(context.positions)
-        for block in self.blocks:
-            x = block(x, context)
-        hidden: Tensor = self.norm(x)
-        return hidden if tokens.ndim == 1 else hidden.unflatten(0, shape)
+        return x
 
     def head_weight(self) -> Float[Tensor, "V D"]:
         """The head's dense weight, for losses that never hold all logits."""

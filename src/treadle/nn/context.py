@@ -28,6 +28,9 @@ class Context(ABC):
     positions: Int[Tensor, " N"]
     length: int
     """Longest position in sight plus one; length-dependent RoPE scalings need it."""
+    prefix: int = field(default=0, kw_only=True)
+    """Positions before the tokens of every sequence whose keys and values this context holds
+    already, from a learned prefix."""
     _shared: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     def once(self, key: Hashable, compute: Callable[[], T]) -> T:

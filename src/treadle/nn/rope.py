@@ -15,6 +15,7 @@ from torch import Tensor
 
 from treadle.core.cards import Card
 from treadle.core.config import Config
+from treadle.kernels.rotary import rotary
 from treadle.nn.context import Context
 from treadle.nn.positions import Positions
 
@@ -62,7 +63,7 @@ class RoPE(Positions):
     ) -> tuple[Float[Tensor, "N H D"], Float[Tensor, "N G D"]]:
         dim = int(q.shape[-1] * self.fraction)
         cos, sin = context.once((self, dim, q.dtype), lambda: self.table(dim, context, q.dtype))
-        return rotate_half(q, cos, sin), rotate_half(k, cos, sin)
+        return rotary(q, cos, sin), rotary(k, cos, sin)
 
     def slopes(self, heads: int) -> tuple[float, ...] | None:
         return None
@@ -70,22 +71,10 @@ class RoPE(Positions):
     def table(
         self, dim: int, context: Context, dtype: torch.dtype
     ) -> tuple[Float[Tensor, "N 1 R"], Float[Tensor, "N 1 R"]]:
-        """cos and sin of every token's angles, computed in fp32."""
+        """cos and sin of every token's angles, computed in fp32: R of them turn 2 R dimensions."""
         device = context.positions.device
         exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
         frequencies = self.scaling(1.0 / self.theta**exponents, self.theta, context.length)
         angles = context.positions.float()[:, None, None] * frequencies.inverse
-        angles = torch.cat([angles, angles], -1)
         cos, sin = angles.cos() * frequencies.attention, angles.sin() * frequencies.attention
         return cos.to(dtype), sin.to(dtype)
-
-
-def rotate_half(
-    x: Float[Tensor, "N H D"], cos: Float[Tensor, "N 1 R"], sin: Float[Tensor, "N 1 R"]
-) -> Float[Tensor, "N H D"]:
-    """Rotate the first R dimensions of each head, leave the rest."""
-    width = cos.shape[-1]
-    turned, rest = x[..., :width], x[..., width:]
-    left, right = turned.chunk(2, -1)
-    turned = turned * cos + torch.cat([-right, left], -1) * sin
-    return torch.cat([turned, rest], -1) if rest.shape[-1] else turned

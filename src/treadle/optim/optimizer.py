@@ -15,10 +15,9 @@ from treadle.core.config import Config
 class Optimizer(Config):
     """A shape: builds a torch optimiser for named parameters.
 
-    Its learning rate is the peak; the loop multiplies it by the schedule at each step.
+    The learning rate of each of its groups is the peak; the loop multiplies it by the schedule at
+    each step.
     """
-
-    lr: float
 
     @abstractmethod
     def build(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:

@@ -10,7 +10,7 @@ one new file: its config, its layer, its formula.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
@@ -32,6 +32,10 @@ class Adapter(Transform):
     """Its name in PEFT's adapter_config.json."""
     module_fields: ClassVar[tuple[str, ...]] = ()
     """Fields of that file that choose modules, besides its targets."""
+    peft_flags: ClassVar[tuple[str, ...]] = ()
+    """Fields of that file that are true for this variant of `peft_type`."""
+    kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, LinearLike, nn.Embedding)
+    """What its targets are looked for among."""
 
     def __call__(self, model: M) -> M:
         """The model with each target wrapped.
@@ -40,8 +44,7 @@ class Adapter(Transform):
             ConfigError: a target matches nothing, or a layer that has an adapter already.
         """
         owner = type(self).__name__
-        kinds = (nn.Linear, LinearLike, nn.Embedding)
-        found = match_modules(model, self.targets, kinds, owner=owner)
+        found = match_modules(model, self.targets, self.kinds, owner=owner)
         for name in adapted(model):
             if name in found or f"{name}.base" in found:
                 raise ConfigError(
@@ -49,10 +52,15 @@ class Adapter(Transform):
                     "other targets"
                 )
         layers = {name: self.wrap(name, base) for name, base in found.items()}
+        self.share(tuple(layers.values()))
         for name, layer in layers.items():
             replace_module(model, name, layer)
         freeze(model)
         return model
+
+    def share(self, layers: Sequence[AdapterLayer]) -> None:
+        """Tie what the new layers have in common; as a rule nothing."""
+        return
 
     @abstractmethod
     def wrap(self, name: str, base: nn.Module) -> AdapterLayer:
@@ -89,8 +97,10 @@ class AdapterLayer(nn.Module, ABC):
         super().__init__()
         self.base, self.config, self.enabled = base, config, True
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.adapted(x) if self.enabled else self.base(x)
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        compute: Any = self.adapted if self.enabled else self.base
+        y: Tensor = compute(x, *rest)  # a mixer also takes its context
+        return y
 
     @abstractmethod
     def adapted(self, x: Tensor) -> Tensor:
@@ -108,6 +118,10 @@ class AdapterLayer(nn.Module, ABC):
     def trained(self) -> Iterator[nn.Parameter]:
         """The parameters beside the base."""
         return (p for name, p in self.named_parameters() if not name.startswith("base."))
+
+
+class Added(nn.Module):
+    """A mix-in of modules that a transform adds beside the model's own layers, to be trained."""
 
 
 class LinearAdapter(AdapterLayer, LinearLike):
@@ -176,8 +190,9 @@ def adapted(model: nn.Module) -> dict[str, AdapterLayer]:
 
 
 def freeze(model: nn.Module) -> None:
-    """Let nothing train but the adapters."""
+    """Let nothing train but the adapters, and what transforms have added."""
     trained = {id(p) for layer in adapted(model).values() for p in layer.trained()}
+    trained |= {id(p) for m in model.modules() if isinstance(m, Added) for p in m.parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
 
@@ -266,3 +281,8 @@ def _refuse_shared(model: nn.Module) -> None:
                     f"`{others[0].removesuffix('.base')}`; save the adapter by itself, or adapt a "
                     "model whose head is not tied"
                 )
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a layer's weights are, packed or not."""
+    return next(iter((*module.parameters(), *module.buffers()))).device

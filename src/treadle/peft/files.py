@@ -95,9 +95,9 @@ def load_adapter(model: DecoderModel, folder: StrPath) -> DecoderModel:
         TreadleError: no such folder, or only a pickle.
     """
     folder = Path(folder)
-    fields = _read_config(folder)
-    kind = _kind(str(fields.get("peft_type")))
-    tensors, probe = _read_weights(folder)
+    fields = read_config(folder)
+    kind = _kind(fields)
+    tensors, probe = read_weights(folder)
     names = names_of(model)
     parts = _sort(tensors, names, folder, str(fields.get("base_model_name_or_path")))
     _check_targets(fields, [names.theirs(name) for name in parts], names, folder)
@@ -114,7 +114,7 @@ def load_adapter(model: DecoderModel, folder: StrPath) -> DecoderModel:
             table = parts[name].pop(BASE_TABLE, None)
             _fill(layer, parts[name], f"{folder}: {names.theirs(name)}")
             if table is not None:
-                _check_base(layer, _sample(table), folder)
+                _check_base(layer, sample(table), folder)
         if probe:
             values = torch.tensor(probe["values"])
             _check_base(layers[names.ours_by_theirs[probe["module"]]], values, folder)
@@ -127,10 +127,10 @@ def load_adapter(model: DecoderModel, folder: StrPath) -> DecoderModel:
 def _probe(layer: AdapterLayer) -> Float[Tensor, " n"]:
     """A few numbers of the base of an adapter."""
     base = layer.base
-    return _sample(base.weight if isinstance(base, nn.Embedding) else weight_of(base))
+    return sample(base.weight if isinstance(base, nn.Embedding) else weight_of(base))
 
 
-def _sample(weight: Tensor) -> Float[Tensor, " n"]:
+def sample(weight: Tensor) -> Float[Tensor, " n"]:
     """Evenly spaced numbers of a weight."""
     places = torch.arange(PROBE_SIZE) * (weight.numel() - 1) // (PROBE_SIZE - 1)
     return weight.detach().flatten().cpu()[places].float()
@@ -145,7 +145,7 @@ def _check_base(layer: AdapterLayer, theirs: Float[Tensor, " n"], folder: Path) 
         )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
     if not file.is_file():
         raise TreadleError(f"{folder}: no {CONFIG}; name a folder that holds an adapter")
@@ -158,7 +158,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return fields
 
 
-def _read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     file = folder / WEIGHTS
     if not file.is_file():
         raise TreadleError(f"{folder}: no {WEIGHTS}; a pickle (adapter_model.bin) is never loaded")
@@ -172,16 +172,17 @@ def _read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | Non
     return tensors, probe
 
 
-def _kind(peft_type: str) -> type[Adapter]:
-    """The adapter of this name in PEFT, wherever it is defined."""
+def _kind(fields: Mapping[str, Any]) -> type[Adapter]:
+    """The adapter that PEFT describes by these fields, wherever it is defined."""
     shape: Any = Adapter
     classes = [registry.resolve(name, shape) for name in registry.kinds_of(shape)]
-    kinds: dict[str, type[Adapter]] = {c.peft_type: c for c in classes}
-    if peft_type not in kinds:
+    peft_type = str(fields.get("peft_type"))
+    if peft_type not in (known := {c.peft_type for c in classes}):
         raise ConfigError(
-            f"{CONFIG}: unknown peft_type {peft_type!r}{did_you_mean(peft_type, kinds)}"
+            f"{CONFIG}: unknown peft_type {peft_type!r}{did_you_mean(peft_type, known)}"
         )
-    return kinds[peft_type]
+    found = [c for c in classes if c.peft_type == peft_type and all(map(fields.get, c.peft_flags))]
+    return max(found, key=lambda c: len(c.peft_flags))
 
 
 def _sort(

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from treadle.core.cards import Card
 from treadle.core.errors import ConfigError
 from treadle.nn.linear import LinearLike, bias_of, weight_of
-from treadle.peft.adapter import Adapter, AdapterLayer, LinearAdapter
+from treadle.peft.adapter import Adapter, AdapterLayer, LinearAdapter, device_of
 
 CARD = Card(
     id="ft.adapter",
     paper="Liu et al. 2022, (IA)^3, arXiv:2205.05638",
-    summary="(IA)^3: learned factors on keys, values and hidden units. Bottlenecks are to come.",
+    summary="(IA)^3: learned factors on keys, values and hidden units..",
     recipe="treadle run quickstart 'steps.1.transforms=[{kind: IA3}]' steps.1.optimizer.lr=0.02",
     oracle="tests/peft/test_peft_ia3.py::test_matches_peft",
 )
@@ -61,8 +61,7 @@ class IA3Linear(LinearAdapter):
         self.inputs = inputs
         self.peft_fields = ("feedforward_modules",) if inputs else ()
         width = base.in_features if inputs else base.out_features
-        device = next(iter((*base.parameters(), *base.buffers()))).device
-        self.factor = nn.Parameter(torch.ones(width, device=device))
+        self.factor = nn.Parameter(torch.ones(width, device=device_of(base)))
 
     def adapted(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         if self.inputs:

@@ -1,8 +1,9 @@
 """LoRA: a trained change of low rank beside a frozen weight.
 
     y = W x + s B A x,      A [r, in] random,  B [out, r] = 0,  so y = W x at the start
-    s = alpha / r                                            Hu et al. 2021, arXiv:2106.09685
-    s = alpha / sqrt(r)     does not fade at high rank       Kalajdzievski 2023, arXiv:2312.03732
+
+Hu et al. 2021, arXiv:2106.09685; the scales s are in `low_rank.py`. On a table of embeddings A
+holds a row of r numbers a token; on a convolution A is one with r channels, and B mixes those.
 
 The gradients of W are never computed and x is saved once, for A. The product with B is added
 into the output of the base, so that no second output is written; a hand-written backward that
@@ -11,22 +12,19 @@ does the same for the gradient of x gained 1 % and is not worth its lines.
 
 from __future__ import annotations
 
-import math
-from abc import abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+import copy
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from pydantic import Field
 from torch import Tensor, nn
 
 from treadle.core.cards import Card
-from treadle.core.config import Config
 from treadle.core.errors import ConfigError
 from treadle.nn.linear import LinearLike, bias_of, compute_dtype, weight_of
-from treadle.peft.adapter import Adapter, AdapterLayer, EmbeddingAdapter, LinearAdapter
+from treadle.peft.adapter import AdapterLayer, EmbeddingAdapter, LinearAdapter, device_of
+from treadle.peft.low_rank import LowRank, check_rank
 
 CARD = Card(
     id="ft.lora",
@@ -36,135 +34,33 @@ CARD = Card(
     oracle="tests/peft/test_peft_lora.py::test_matches_peft",
 )
 
-UNKNOWN = (
-    "use_dora",
-    "lora_bias",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "trainable_token_indices",
-    "target_parameters",
-    "alora_invocation_tokens",
-    "layer_replication",
-    "use_qalora",
-    "use_bdlora",
-    "arrow_config",
-    "kasa_config",
-)
-"""Settings of PEFT that change what is computed or saved."""
-INITS = (None, True, False, "gaussian", "orthogonal")
-"""Initialisations of PEFT that leave the base as it is."""
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-class LoRAScaling(Config):
-    """A shape: the factor s on B A."""
-
-    @abstractmethod
-    def __call__(self, alpha: float, rank: int) -> float:
-        """s for this alpha and rank."""
-
-
-class AlphaOverRank(LoRAScaling):
-    """s = alpha / r."""
-
-    def __call__(self, alpha: float, rank: int) -> float:
-        return alpha / rank
-
-
-class RankStabilised(LoRAScaling):
-    """s = alpha / sqrt(r): outputs and gradients keep their size at any rank."""
-
-    def __call__(self, alpha: float, rank: int) -> float:
-        return alpha / math.sqrt(rank)
-
-
-class LoRAInit(Config):
-    """A shape: fresh values of the factor that is not zero."""
-
-    @abstractmethod
-    def __call__(self, factor: Float[Tensor, "r n"]) -> None:
-        """Fill `factor` from the current random state."""
-
-
-class KaimingUniform(LoRAInit):
-    """Uniform within 1 / sqrt(n): that of nn.Linear and of PEFT."""
-
-    def __call__(self, factor: Float[Tensor, "r n"]) -> None:
-        nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
-
-
-class Gaussian(LoRAInit):
-    """Normal with standard deviation 1 / r."""
-
-    def __call__(self, factor: Float[Tensor, "r n"]) -> None:
-        nn.init.normal_(factor, std=1 / factor.shape[0])
-
-
-class LoRA(Adapter):
-    """Low-rank adaptation of linear layers and embeddings."""
+class LoRA(LowRank):
+    """Low-rank adaptation of linear layers, embeddings and convolutions."""
 
     peft_type: ClassVar[str] = "LORA"
-
-    rank: int = Field(default=16, ge=1)
-    alpha: float = Field(default=32.0, gt=0)
-    """s = 2 at the default rank. It does not follow the rank: with s = alpha / r the first steps,
-    and so the best learning rate, are nearly the same at every rank."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the inputs of A that are zeroed in training."""
-    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
-    scaling: LoRAScaling = AlphaOverRank()
-    init: LoRAInit = KaimingUniform()
-
-    @property
-    def scale(self) -> float:
-        return self.scaling(self.alpha, self.rank)
+    kinds: ClassVar[tuple[type[nn.Module], ...]] = (
+        *(nn.Linear, LinearLike, nn.Embedding),
+        *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    )
 
     def wrap(self, name: str, base: nn.Module) -> AdapterLayer:
         if isinstance(base, nn.Embedding):
-            shape = tuple(base.weight.shape)
-        else:
-            assert isinstance(base, nn.Linear | LinearLike)
-            shape = (base.out_features, base.in_features)
-        if self.rank > min(shape):
-            raise ConfigError(
-                f"LoRA: rank {self.rank} is larger than `{name}`, which is {shape[0]} x "
-                f"{shape[1]}; choose at most {min(shape)}, or other targets"
-            )
-        if isinstance(base, nn.Embedding):
+            check_rank("LoRA", self.rank, name, base.weight.shape)
             return LoRAEmbedding(base, self)
+        if isinstance(base, Conv):
+            if base.groups > 1:
+                raise ConfigError(
+                    f"LoRA: `{name}` convolves in {base.groups} groups, where a low rank saves "
+                    "nothing; take other targets"
+                )
+            check_rank("LoRA", self.rank, name, base.weight.flatten(1).shape)
+            return LoRAConv(base, self)
+        assert isinstance(base, nn.Linear | LinearLike)
+        check_rank("LoRA", self.rank, name, (base.out_features, base.in_features))
         return LoRALinear(base, self)
-
-    def to_peft(self) -> dict[str, Any]:
-        return {
-            "r": self.rank,
-            "lora_alpha": self.alpha,
-            "lora_dropout": self.dropout,
-            "use_rslora": isinstance(self.scaling, RankStabilised),
-            "bias": "none",
-            "init_lora_weights": True,
-        }
-
-    @classmethod
-    def from_peft(cls, fields: Mapping[str, Any], targets: tuple[str, ...]) -> Self:
-        for key in UNKNOWN:
-            if fields.get(key):
-                raise ConfigError(
-                    f"{key}={fields[key]!r} in a LoRA adapter is not known to treadle"
-                )
-        for key, known in (("bias", (None, "none")), ("init_lora_weights", INITS)):
-            if fields.get(key) not in known:
-                raise ConfigError(
-                    f"{key}={fields[key]!r} in a LoRA adapter changes the base; merge it with PEFT"
-                )
-        if not isinstance(fields.get("r"), int):
-            raise ConfigError(f"r={fields.get('r')!r} in a LoRA adapter is not a rank")
-        return cls(
-            rank=fields["r"],
-            alpha=float(fields.get("lora_alpha", fields["r"])),
-            dropout=float(fields.get("lora_dropout", 0.0)),
-            targets=targets,
-            scaling=RankStabilised() if fields.get("use_rslora") else AlphaOverRank(),
-        )
 
 
 class LoRALinear(LinearAdapter):
@@ -172,7 +68,7 @@ class LoRALinear(LinearAdapter):
 
     def __init__(self, base: nn.Linear | LinearLike, config: LoRA) -> None:
         super().__init__(base, config)
-        rank, device = config.rank, _device(base)
+        rank, device = config.rank, device_of(base)
         self.A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
         self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
         self.scale, self.dropout = config.scale, config.dropout
@@ -221,5 +117,35 @@ class LoRAEmbedding(EmbeddingAdapter):
         return {"lora_embedding_A": self.A.T, "lora_embedding_B": self.B}
 
 
-def _device(module: nn.Module) -> torch.device:
-    return next(iter((*module.parameters(), *module.buffers()))).device
+class LoRAConv(AdapterLayer):
+    """A convolves as the base does, to r channels; B is a matrix at each place."""
+
+    base: Conv
+
+    def __init__(self, base: Conv, config: LoRA) -> None:
+        super().__init__(base, config)
+        device = device_of(base)
+        self.A = nn.Parameter(torch.empty(config.rank, *base.weight.shape[1:], device=device))
+        self.B = nn.Parameter(torch.zeros(base.out_channels, config.rank, device=device))
+        self.scale, self.dropout = config.scale, config.dropout
+        config.init(self.A.detach().flatten(1))
+
+    def adapted(self, x: Float[Tensor, "N C *places"]) -> Float[Tensor, "N K *places"]:
+        dtype = compute_dtype(x)
+        y: Tensor = self.base(x)
+        dropped = F.dropout(x.to(dtype), self.dropout, self.training)
+        h = self.base._conv_forward(dropped, self.A.to(dtype), None)  # its stride, padding, ...
+        return y + self.scale * torch.einsum("kr,nr...->nk...", self.B.to(dtype), h)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Module:
+        plain = copy.copy(self.base)  # its settings; parameters are put in below
+        plain._parameters = dict(self.base._parameters)
+        weight = self.base.weight
+        change = self.scale * torch.einsum("kr,r...->k...", self.B, self.A)
+        plain.weight = nn.Parameter((weight.float() + change).to(weight.dtype), requires_grad=False)
+        return plain.train(self.training)
+
+    def peft_tensors(self) -> dict[str, Tensor]:
+        ones = (1,) * (self.A.ndim - 2)
+        return {"lora_A.weight": self.A, "lora_B.weight": self.B.view(*self.B.shape, *ones)}

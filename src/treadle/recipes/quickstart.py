@@ -20,6 +20,7 @@ from treadle.objectives.policy import GRPO
 from treadle.optim.adamw import AdamW
 from treadle.optim.schedules import Constant, Cosine
 from treadle.peft.lora import LoRA
+from treadle.quantization.gptq import GPTQ
 from treadle.recipes.families import QUICKSTART
 from treadle.reports.report import Report
 from treadle.train.export import Export, Exported
@@ -59,7 +60,16 @@ def quickstart() -> Pipeline:
         fit=Fit(steps=10, checkpoint_every=2),
         minutes=4.0,
     )
-    export = Export(model=Trained(step="grpo"))
+    export = Export(
+        model=Trained(step="grpo"),
+        format="Q4_1",
+        rounding=GPTQ(
+            source=Supervised(
+                conversations=WorkedSolutions(problems=training, amount=1024), per_step=16
+            ),
+            damp=0.001,
+        ),
+    )
     return Pipeline(
         name="quickstart",
         steps=(

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
 from treadle.core.pipeline import Reads, Step, Workspace
+from treadle.data.source import Env
 from treadle.models.hub.load import load_model
 from treadle.models.hub.save import save_gguf, save_hf
 from treadle.models.source import ModelSource, Opened, weight_bytes
 from treadle.peft.adapter import merge
+from treadle.quantization.rounding import Nearest, Rounding
 from treadle.tokenizers.load import tokenizer_of
+from treadle.train.precision import Auto, Precision
 
 GGUF, HUGGING_FACE = "model.gguf", "huggingface"
 
@@ -25,6 +29,9 @@ class Export(Step):
     format: str = "Q4_1"
     """Block format of the GGUF file's matrices; its embedding is one step better."""
     embedding: str = "Q8_0"
+    rounding: Rounding = Nearest()
+    precision: Precision = Auto()
+    """Of the passes over calibration data, where the rounding has any."""
 
     def execute(self, workspace: Workspace) -> Mapping[str, Any]:
         opened = self.model.open(workspace)
@@ -44,11 +51,19 @@ class Export(Step):
         )
         tokenizer.save(folder / HUGGING_FACE)
         workspace.progress.say(f"{self.name}: quantising to {self.format}, {folder / GGUF}")
+        precision = self.precision.resolve("cpu")
+        env = Env(
+            model=model,
+            tokenizer=tokenizer,
+            scratch=folder,
+            autocast=partial(precision.autocast, "cpu"),
+        )
         save_gguf(
             model,
             folder / GGUF,
             format=self.format,
             embedding=self.embedding,
+            packed=self.rounding(model, env, self.format, workspace.progress),
             metadata=tokenizer.to_gguf_metadata(vocab_size=model.config.vocab),
         )
         return {

@@ -155,7 +155,7 @@ def fit(
                 step=step,
                 steps=config.steps,
                 loss=loss,
-                lr=optimizer.lr * factor,
+                lr=peaks[0] * factor,
                 grad_norm=norm,
                 tokens=tokens,
                 seconds=time.monotonic() - started,

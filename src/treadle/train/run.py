@@ -71,6 +71,7 @@ class Run(Step):
             world=world.size,
             device=str(world.device),
             autocast=partial(precision.autocast, world.device),
+            workspace=workspace,
         )
         env.scratch.mkdir(exist_ok=True)
         seed_everything(self.seed + 1 + world.rank)  # dropout: each rank its own

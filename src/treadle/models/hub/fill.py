@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -113,9 +114,14 @@ def fill(
                 setattr(module, leaf, parameter)
 
 
-def spill(model: nn.Module, rules: Sequence[Rule]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the checkpoint of a model, under their names."""
-    parameters = dict(model.named_parameters())
+def spill(
+    model: nn.Module, rules: Sequence[Rule], packed: Mapping[str, Tensor] = MappingProxyType({})
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the checkpoint of a model, under their names.
+
+    `packed` has bytes for some parameters; maps that only move rows carry them over.
+    """
+    parameters = {**dict(model.named_parameters()), **packed}
     for rule in rules:
         theirs = rule.map.write(tuple(parameters[n].detach() for n in rule.ours))
         yield from zip(rule.theirs, theirs, strict=True)

@@ -94,6 +94,7 @@ def save_gguf(
     format: str = "Q8_0",
     embedding: str | None = None,
     head: str | None = None,
+    packed: Mapping[str, Tensor] = MappingProxyType({}),
     metadata: Mapping[str, Value | list[Any]] = MappingProxyType({}),
     types: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
@@ -107,6 +108,7 @@ def save_gguf(
         embedding: of the embedding; None means `format`, and Q6_K for less where it is the head
             as well.
         head: of a head of its own; None means `format`, and Q6_K for less.
+        packed: parameters by name that are in `format` already, as bytes [rows, bytes a row].
         metadata: further keys, above all the tokenizer's (`tokenizer.ggml.*`); llama.cpp needs
             them.
         types: GGUF types of metadata that are not the usual ones.
@@ -133,8 +135,9 @@ def save_gguf(
     def tensors() -> Iterator[tuple[str, Tensor, str]]:
         if header.rope_divisors is not None:
             yield ROPE_DIVISORS, header.rope_divisors, "F32"
-        for name, tensor in spill(model, rules):
-            yield name, tensor, _fitting(tensor, formats.get(name, usual))
+        for name, tensor in spill(model, rules, packed):
+            raw = tensor.dtype == torch.uint8
+            yield name, tensor, usual if raw else _fitting(tensor, formats.get(name, usual))
 
     keys = {
         "general.architecture": header.architecture,

@@ -1,0 +1,1 @@
+"""Merging: several models of one shape become one, without training."""
