@@ -152,9 +152,9 @@ def test_damaged_cache_is_named(where: int, tmp_path: Path) -> None:
 
 
 def test_bad_lessons(tmp_path: Path) -> None:
-    with pytest.raises(TreadleError, match=r"a vocabulary of its own.*UniversalLogits"):
+    with pytest.raises(TreadleError, match=r"a vocabulary of its own.*Thinned"):
         source(Live(), vocab=300).open(env(tmp_path))
-    with pytest.raises(TreadleError, match=r"a vocabulary of its own.*UniversalLogits"):
+    with pytest.raises(TreadleError, match=r"a vocabulary of its own.*Thinned"):
         source(Cached(k=4), vocab=300).open(env(tmp_path))
     with pytest.raises(ConfigError, match=r"of the teacher: layer 7 does not exist.*0 to 3"):
         source(Live(states=(7,))).open(env(tmp_path))

@@ -60,8 +60,8 @@ class Teacher:
             raise TreadleError(
                 f"the teacher has a vocabulary of its own ({vocab} tokens, the student has "
                 f"{env.model.config.vocab}), so their distributions cannot be compared token by "
-                "token: take a teacher of the student's family, or TaughtAcross with "
-                "UniversalLogits, which compares across tokenizers"
+                "token: take a teacher of the student's family, or cut the student out of the "
+                "teacher (Thinned)"
             )
 
 

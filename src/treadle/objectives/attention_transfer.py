@@ -146,7 +146,7 @@ def relation_divergence(
 def _log_relation(relation: Relation, rows: _Rows, scale: float) -> Float[Tensor, "B H Q K"]:
     left = relation.left[rows.queries].transpose(1, 2)
     right = relation.right[rows.keys].transpose(1, 2)
-    scores = (left @ right.transpose(-1, -2)).float() * scale
+    scores: Tensor = (left @ right.transpose(-1, -2)).float() * scale
     return F.log_softmax(scores.masked_fill(~rows.seen, float("-inf")), -1)
 
 
