@@ -39,11 +39,7 @@ CARDS = (
     Card(
         id="kd.data",
         paper="Kim and Rush 2016, arXiv:1606.07947",
-<<<<<<< HEAD
-        summary="Sequence-level: the student learns what the teacher writes with confidence.",
-=======
         summary="The teacher writes what the student learns; what it is unsure of is left out.",
->>>>>>> distil
         recipe="treadle run distil-ladder steps.on-policy.source.source.writer='{kind: ByTeacher, "
         "model: {kind: Pretrained, name: smollm2-135m-instruct}}'",
         oracle="tests/distillation/test_distillation_rewritten.py::"
