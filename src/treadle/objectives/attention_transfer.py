@@ -102,7 +102,8 @@ class ValueRelations(Term):
                 f"ValueRelations: values of width {flat.shape[1]} cannot be cut into "
                 f"heads={self.heads}"
             )
-        return flat.unflatten(1, (self.heads, -1))
+        cut: Tensor = flat.unflatten(1, (self.heads, -1))
+        return cut
 
 
 @dataclass(frozen=True)
