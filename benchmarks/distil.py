@@ -13,7 +13,7 @@ from pathlib import Path
 import race
 
 LAYERS = (0, 6, 12, 18, 24, 29)
-ROWS, WIDTH, STEPS = 8, 128, 7
+ROWS, WIDTH, STEPS = 8, 128, 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
