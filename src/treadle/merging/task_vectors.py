@@ -84,7 +84,7 @@ class Combination(Config):
         """One vector; the weights have the dimensions of the vectors, of size 1."""
 
 
-class Summed(Combination):
+class SummedVectors(Combination):
     """sum_i a_i tau_i."""
 
     def __call__(
@@ -113,7 +113,7 @@ class TaskVectors(MergeMethod):
     """One a model; none: all 1."""
     scale: float = 1.0
     thin: Thinning = Whole()
-    combine: Combination = Summed()
+    combine: Combination = SummedVectors()
 
     def check(self, count: int, *, has_base: bool) -> None:
         weights_of(self.weights, count, "TaskVectors")

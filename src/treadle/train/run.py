@@ -19,7 +19,7 @@ from torch import Tensor
 
 from treadle.core.config import parse, to_yaml
 from treadle.core.errors import FileFormatError, TreadleError
-from treadle.core.files import atomic_file
+from treadle.core.files import atomic_file, write_json
 from treadle.core.pipeline import Reads, Step, Workspace, read_manifest
 from treadle.data.source import Env, Source
 from treadle.models.decoder import DecoderModel
@@ -31,11 +31,12 @@ from treadle.optim.schedules import Cosine
 from treadle.tokenizers.load import tokenizer_of
 from treadle.train.fit import Fit, fit
 from treadle.train.hooks import Hook, JsonLines, ShowProgress, TensorBoard
+from treadle.train.moved import changes, prints_of, summary
 from treadle.train.parallel.plan import Plan, SingleProcess
 from treadle.train.precision import settle
 from treadle.train.rng import seed_everything
 
-WEIGHTS = "trained.safetensors"
+WEIGHTS, MOVED = "trained.safetensors", "moved.json"
 
 
 class Run(Step):
@@ -82,9 +83,12 @@ class Run(Step):
                 TensorBoard(folder / "tensorboard"),
                 ShowProgress(workspace.progress, self.name),
             ]
+        stream = self.source.open(env)
+        precision.prepare(model.to(world.device))  # so that the prints are in the final dtypes
+        before = prints_of(model)
         result = fit(
             model,
-            self.source.open(env),
+            stream,
             self.objective,
             optimizer=self.optimizer,
             schedule=self.schedule,
@@ -96,7 +100,10 @@ class Run(Step):
             description=to_yaml(self),
         )
         weights = self.plan.full_state(model)
+        moved: dict[str, float] = {}
         if world.rank == 0:
+            moved = changes(before, weights, steps=result.steps)
+            write_json(folder / MOVED, moved)
             save_trained(model, weights, folder / WEIGHTS)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return {
@@ -110,6 +117,7 @@ class Run(Step):
             "precision": str(precision.dtype()).removeprefix("torch."),
             "parameters": sum(p.numel() for p in model.parameters()),
             "parameters_trained": trained,
+            "moved": summary(moved) if moved else "",
         }
 
 
