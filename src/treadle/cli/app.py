@@ -16,8 +16,10 @@ from treadle.cli import (
     report,
     run,
     schema,
+    serve,
     show,
     techniques,
+    trial,
     version,
 )
 from treadle.cli import eval as evaluate
@@ -30,6 +32,8 @@ COMMANDS: tuple[Command, ...] = (
     report.COMMAND,
     chat.COMMAND,
     generate.COMMAND,
+    serve.COMMAND,
+    trial.COMMAND,
     evaluate.COMMAND,
     export.COMMAND,
     pull.COMMAND,
