@@ -253,7 +253,8 @@ def test_lone_surrogates_do_no_harm(server: Running) -> None:
         content=json.dumps(body),
         headers={"content-type": "application/json"},
     )
-    assert answer.status_code == 404
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith("`model`")
     body = {"model": "tiny", "prompt": "a\udfff", "max_tokens": 1, "echo": True}
     answer = httpx.post(
         f"{server.url}/v1/completions",
