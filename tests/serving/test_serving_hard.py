@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import threading
 import time
@@ -27,7 +28,6 @@ from treadle.serving.trial import Trial
 from treadle.serving.verdict import read_events
 
 CLIENTS = 200
-LONG = {"model": "tiny", "prompt": "abc", "max_tokens": 900, "top_k": 1, "logit_bias": None}
 WAIT = 60.0
 """Seconds that something may take which happens soon; nothing is timed by it."""
 
@@ -111,14 +111,15 @@ def _long() -> dict[str, object]:
 
 def test_who_goes_away_is_forgotten() -> None:
     with running([Base("tiny", long_engine)]) as server:
-        for stream in (True, False):
-            for _ in range(5):
-                body = {**_long(), "stream": stream}
-                with pytest.raises(httpx.ReadTimeout), httpx.Client(timeout=0.3) as client:
-                    answer = client.build_request("POST", f"{server.url}/v1/completions", json=body)
-                    response = client.send(answer, stream=True)
-                    next(response.iter_bytes())
-                    raise httpx.ReadTimeout("left")
+        url = f"{server.url}/v1/completions"
+        for _ in range(5):
+            with (
+                httpx.Client() as client,
+                client.stream("POST", url, json={**_long(), "stream": True}) as response,
+            ):
+                next(response.iter_bytes())
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(url, json=_long(), timeout=0.2)
         nothing_is_left(server)
 
 
@@ -132,8 +133,10 @@ def test_slow_readers_hold_up_nobody() -> None:
             sleeper = socket.socket()
             sleeper.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             sleeper.connect((host, int(port)))
-            body = b'{"model":"tiny","prompt":"abc","max_tokens":900,"temperature":0,"stream":true,"logprobs":5,"n":2}'
-            head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+            asked = {**_long(), "stream": True, "logprobs": 5, "n": 2}
+            body = json.dumps(asked).encode()
+            head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            head += f"content-length: {len(body)}\r\n\r\n"
             sleeper.sendall(head.encode() + body)
             sleepers.append(sleeper)
         answer = server.client.completions.create(model="tiny", prompt="b", max_tokens=5)
@@ -240,9 +243,11 @@ def test_models_are_loaded_on_demand_and_unloaded() -> None:
         eventually(lambda: not pool.workers())
         server.client.completions.create(model="b", prompt="x", max_tokens=1)
         assert loaded[-1] == "b"
-    with running([opener("a")], Serve(port=0, memory_bytes=size // 2)) as server:
-        with pytest.raises(InternalServerError, match="does not fit"):
-            server.client.completions.create(model="a", prompt="x", max_tokens=1)
+    with (
+        running([opener("a")], Serve(port=0, memory_bytes=size // 2)) as server,
+        pytest.raises(InternalServerError, match="does not fit"),
+    ):
+        server.client.completions.create(model="a", prompt="x", max_tokens=1)
 
 
 def test_an_adapter_shares_its_bases_weights(tmp_path: Path) -> None:
@@ -328,6 +333,10 @@ def test_trials_record_what_they_serve(tmp_path: Path) -> None:
 
 
 def test_engines_thread_ends_with_the_server() -> None:
+    before = set(threading.enumerate())
     with running() as server:
         server.client.completions.create(model="tiny", prompt="a", max_tokens=1)
-    eventually(lambda: not [t for t in threading.enumerate() if t.name == "engine tiny"])
+        assert [t for t in set(threading.enumerate()) - before if t.name == "engine tiny"]
+    eventually(
+        lambda: not [t for t in set(threading.enumerate()) - before if t.name == "engine tiny"]
+    )

@@ -109,7 +109,7 @@ def test_report_from_the_file(tmp_path: Path) -> None:
     done = CliRunner().invoke(build(), ["trial", str(path)])
     assert "verdict: b (m-b) is better" in done.output
     path.write_text('{"event": "party"}\n')
-    with pytest.raises(FileFormatError, match="votes.jsonl:1"):
+    with pytest.raises(FileFormatError, match=r"votes\.jsonl:1"):
         read_events(path)
     with pytest.raises(TreadleError, match="no such file"):
         read_events(tmp_path / "none")

@@ -25,21 +25,33 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option("--stop", help="Text that ends it.")] = None,
     seed: Seed = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    json_schema: Annotated[
+        str | None, typer.Option("--json-schema", help="The text is JSON that this accepts.")
+    ] = None,
+    regex: Annotated[
+        str | None, typer.Option("--regex", help="The text matches this expression.")
+    ] = None,
     device: Device = "cpu",
 ) -> None:
     """Continue a text."""
     from treadle.cli.voice import engine_of
+    from treadle.inference.constrained import JsonSchema, Regex
+    from treadle.inference.constraint import Constraint
     from treadle.inference.request import Request
     from treadle.inference.sampling import Sampling
     from treadle.tokenizers.chat import encode_prompt
 
     text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+    constraint: Constraint | None = Regex(pattern=regex) if regex else None
+    if json_schema is not None:
+        constraint = JsonSchema(text=json_schema)
     sampling = Sampling(
         temperature=temperature,
         top_p=top_p,
         max_tokens=max_tokens,
         stop=tuple(stop or ()),
         seed=seed,
+        constraint=constraint,
     )
     engine = engine_of(model, device)
     if chat:

@@ -7,7 +7,7 @@ A sequence that ends frees its slot at once, so unequal lengths cost nothing.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -18,8 +18,9 @@ from torch import Tensor
 from treadle.core.config import Config
 from treadle.core.errors import TreadleError
 from treadle.inference.cache import Decode, KVCache, Prefill
+from treadle.inference.constraint import Guide
 from treadle.inference.detokenizer import Detokenizer
-from treadle.inference.request import Completion, Delta, Finish, Request
+from treadle.inference.request import Completion, Delta, Finish, Request, TopLogprobs
 from treadle.inference.sampling import sample
 from treadle.models.decoder import DecoderModel
 from treadle.tokenizers.tokenizer import Tokenizer
@@ -45,6 +46,9 @@ class Active:
     text: Detokenizer
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    tops: list[TopLogprobs] = field(default_factory=list)
+    """For each token the likeliest of its step, where the request asks for them."""
+    guide: Guide | None = None
     finish: Finish | None = None
 
 
@@ -70,7 +74,8 @@ class Engine:
         """Queue a request; its number names it in what `step` returns.
 
         Raises:
-            TreadleError: an empty prompt, or one that leaves no room in the model's context.
+            TreadleError: an empty prompt, one that leaves no room in the model's context, or a
+                constraint that is not valid.
         """
         room = self.model.config.context - len(request.prompt)
         if not request.prompt:
@@ -85,6 +90,7 @@ class Engine:
                 f"n={request.n} completions need as many slots, but EngineConfig.slots is "
                 f"{self.config.slots}: raise it, or ask for fewer"
             )
+        self._guide(request)
         job, self.jobs = self.jobs, self.jobs + 1
         self.waiting.append((job, request))
         return job
@@ -164,7 +170,7 @@ class Engine:
             sources.append(len(self.running))
             for index in range(request.n):
                 text = Detokenizer(self.tokenizer, request.sampling.stop)
-                sequence = Active(request, index, job, text)
+                sequence = Active(request, index, job, text, guide=self._guide(request))
                 self.running.append(sequence)
                 admitted.append(sequence)
         prompts = [request.prompt for _, request in batch]
@@ -198,11 +204,19 @@ class Engine:
             streams=[s.index for s in sequences],
             steps=[len(s.tokens) for s in sequences],
             seen=self._seen(sequences),
+            bias=self._bias(sequences),
+            allowed=self._allowed(sequences),
         )
         tokens, logprobs = draw.tokens.tolist(), draw.logprobs.tolist()
-        for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True):
+        tops = zip(draw.top_tokens.tolist(), draw.top_logprobs.tolist(), strict=True)
+        for sequence, token, logprob, top in zip(sequences, tokens, logprobs, tops, strict=True):
+            if sequence.finish is not None:
+                sequence.text.finish()  # its constraint could not be followed further
+                continue
+            wanted = sequence.request.sampling.top_logprobs
             sequence.tokens.append(token)
             sequence.logprobs.append(logprob)
+            sequence.tops.append(tuple(zip(*top, strict=True))[:wanted])
             self._postprocess(sequence, token)
 
     def _postprocess(self, sequence: Active, token: int) -> None:
@@ -214,7 +228,7 @@ class Engine:
             sequence.finish = "stop"
         else:
             sequence.text.push(token)
-            if sequence.text.stopped:
+            if sequence.text.stopped or self._advanced(sequence, token):
                 sequence.finish = "stop"
             elif len(sequence.tokens) >= limit:
                 sequence.finish = "length"
@@ -229,6 +243,45 @@ class Engine:
         for row, sequence in enumerate(sequences):
             seen[row, list(sequence.request.prompt) + sequence.tokens] = True
         return seen.to(self.cache.device)
+
+    def _guide(self, request: Request) -> Guide | None:
+        constraint = request.sampling.constraint
+        if constraint is None:
+            return None
+        return constraint.build(self.tokenizer, self.model.config.vocab)
+
+    def _advanced(self, sequence: Active, token: int) -> bool:
+        """Tell the guide of a token; whether the text is whole with it."""
+        if sequence.guide is None:
+            return False
+        sequence.guide.advance(token)
+        return sequence.guide.done
+
+    def _bias(self, sequences: list[Active]) -> Tensor | None:
+        """Logit biases, and penalties for what a completion has already."""
+        bias = torch.zeros(len(sequences), self.model.config.vocab)
+        for row, sequence in enumerate(sequences):
+            sampling = sequence.request.sampling
+            presence, frequency = sampling.presence_penalty, sampling.frequency_penalty
+            if presence or frequency:
+                for token, count in Counter(sequence.tokens).items():
+                    bias[row, token] -= presence + frequency * count
+            for token, value in sampling.logit_bias:
+                bias[row, token] += value
+        return bias.to(self.cache.device) if bias.any() else None
+
+    def _allowed(self, sequences: list[Active]) -> Tensor | None:
+        """Tokens that constraints let come next; a guide that gives up ends its own text only."""
+        if all(s.guide is None for s in sequences):
+            return None
+        allowed = torch.ones(len(sequences), self.model.config.vocab, dtype=torch.bool)
+        for row, sequence in enumerate(sequences):
+            if sequence.guide is not None:
+                try:
+                    allowed[row] = torch.from_numpy(sequence.guide.mask())
+                except TreadleError:
+                    sequence.finish = "cancelled"
+        return allowed.to(self.cache.device)
 
     @torch.inference_mode()
     def _retire(self) -> None:
@@ -250,5 +303,6 @@ def _completion(sequence: Active) -> Completion:
         tokens=tuple(sequence.tokens),
         text=sequence.text.text,
         logprobs=tuple(sequence.logprobs),
+        tops=tuple(sequence.tops),
         finish=sequence.finish,
     )

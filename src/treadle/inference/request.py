@@ -8,6 +8,8 @@ from typing import Literal
 
 from treadle.inference.sampling import Sampling
 
+TopLogprobs = tuple[tuple[int, float], ...]
+"""Tokens and their log-probabilities, the likeliest first."""
 Finish = Literal["stop", "length", "cancelled"]
 
 
@@ -32,6 +34,8 @@ class Completion:
     """Of each sampled token under the model at the request's temperature (at 1 where greedy),
     before truncation by top-k, top-p or min-p."""
     finish: Finish
+    tops: tuple[TopLogprobs, ...] = ()
+    """For each token the `top_logprobs` likeliest of its step."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
     top-p    the likeliest whose mass reaches p               Holtzman et al. 2020
     min-p    those with p_i >= min_p * max p                  Nguyen et al. 2024
     repetition penalty: z_i / r if z_i > 0 else z_i r for tokens already seen (Keskar et al. 2019)
+    bias    z_i + b_i - presence [c_i > 0] - frequency c_i,  c_i how often the completion has i
 
 Each request draws from its own counter-based random numbers, so its text does not depend on what
 else is in the batch. One uniform number picks a token through the cumulative distribution.
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from treadle.core.cards import Card
 from treadle.core.config import Config
+from treadle.inference.constraint import Constraint
 
 CARD = Card(
     id="inf.sampling",
@@ -46,6 +48,16 @@ class Sampling(Config):
     stop: tuple[str, ...] = ()
     """Strings that end the text; they are not part of it."""
     seed: int = 0
+    presence_penalty: float = 0.0
+    """Taken from the logits of tokens that the completion has."""
+    frequency_penalty: float = 0.0
+    """Taken as often as the completion has them."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token, and what is added to its logit."""
+    top_logprobs: int = Field(0, ge=0)
+    """Likeliest tokens whose log-probabilities are reported."""
+    constraint: Constraint | None = None
+    """What the text must look like."""
 
     @property
     def truncates(self) -> bool:
@@ -58,6 +70,8 @@ class Draw:
 
     tokens: Int[Tensor, " B"]
     logprobs: Float[Tensor, " B"]
+    top_tokens: Int[Tensor, "B K"]
+    top_logprobs: Float[Tensor, "B K"]
 
 
 def uniform(*words: Sequence[int]) -> Float[np.ndarray, " B"]:
@@ -123,8 +137,10 @@ def sample(
     streams: Sequence[int],
     steps: Sequence[int],
     seen: Bool[Tensor, "B V"] | None = None,
+    bias: Float[Tensor, "B V"] | None = None,
+    allowed: Bool[Tensor, "B V"] | None = None,
 ) -> Draw:
-    """Draw a token for each row.
+    """Draw a token for each row; `bias` is added to the logits, others than `allowed` never come.
 
     A row's random number depends on its sampling's seed, its stream (which of the n completions
     of a request it is) and its step (how many tokens it has drawn).
@@ -137,17 +153,19 @@ def sample(
 
     if seen is not None:
         logits = penalise(logits, seen, column([s.repetition_penalty for s in samplings]))
+    if bias is not None:
+        logits = logits + bias
     temperature = column([s.temperature for s in samplings])
     greedy = temperature == 0
     if bool((temperature != 1).any()):
         logits = logits / torch.where(greedy, 1.0, temperature)[:, None]
     normaliser = logits.logsumexp(-1, keepdim=True)
-    tokens = logits.argmax(-1)
+    kept = logits if allowed is None else logits.masked_fill(~allowed, float("-inf"))
+    tokens = kept.argmax(-1)
     if not bool(greedy.all()):
-        kept = logits
         if any(s.truncates for s in samplings):
             kept = truncate(
-                logits,
+                kept,
                 torch.tensor([s.top_k or vocab for s in samplings], device=device).clamp(max=vocab),
                 column([s.top_p for s in samplings]),
                 column([s.min_p for s in samplings]),
@@ -158,4 +176,5 @@ def sample(
         drawn = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=vocab - 1)
         tokens = torch.where(greedy, tokens, drawn)
     logprobs = logits.gather(-1, tokens[:, None])[:, 0] - normaliser[:, 0]
-    return Draw(tokens, logprobs)
+    top = logits.topk(max(s.top_logprobs for s in samplings), -1)
+    return Draw(tokens, logprobs, top.indices, top.values - normaliser)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager
 from typing import Any
@@ -11,12 +12,13 @@ from fastapi import APIRouter
 from starlette.requests import Request as Http
 from starlette.responses import Response
 
+from treadle.inference.constrained import JsonSchema
 from treadle.inference.engine import Engine
 from treadle.inference.request import Request
 from treadle.serving.errors import reply
 from treadle.serving.logprobs import chat_logprobs
 from treadle.serving.parse import Call, Content, OutputParser, Part, Reasoning
-from treadle.serving.prompt import ChatPrompt, chat_prompt
+from treadle.serving.prompt import ChatPrompt, call_schema, chat_prompt
 from treadle.serving.protocol import ChatBody
 from treadle.serving.sampling import request_of
 from treadle.serving.service import Service, Session, pieces
@@ -67,12 +69,15 @@ class ChatAnswer:
     def _prepare(self, engine: Engine) -> Request:
         body = self.body
         self.prompt = chat_prompt(engine.tokenizer, body)
+        forced = self.prompt.forced
         return request_of(
             body,
             engine.tokenizer.encode(self.prompt.text),
             engine,
             self.service.config.limits,
             max_tokens=body.max_completion_tokens or body.max_tokens,
+            top_logprobs=body.top_logprobs if body.logprobs else None,
+            constraint=JsonSchema(text=json.dumps(call_schema(forced))) if forced else None,
         )
 
     async def whole(self) -> dict[str, Any]:

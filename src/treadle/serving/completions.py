@@ -54,7 +54,8 @@ class TextAnswer:
             prompt = engine.tokenizer.encode(prompt, add_special=True)
         limit = MAX_TOKENS if self.body.max_tokens is None else self.body.max_tokens
         limits = self.service.config.limits
-        return request_of(self.body, prompt, engine, limits, max_tokens=limit)
+        top = self.body.logprobs
+        return request_of(self.body, prompt, engine, limits, max_tokens=limit, top_logprobs=top)
 
     async def _sessions(self, stack: AsyncExitStack) -> list[Session]:
         model, user, news = self.body.model, self.body.user, asyncio.Event()

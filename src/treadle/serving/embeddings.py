@@ -7,6 +7,7 @@ A decoder trained on the next token only; a model trained for embeddings is bett
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from functools import partial
 from typing import Any
@@ -44,7 +45,10 @@ async def _embeddings(service: Service, body: EmbeddingBody) -> dict[str, Any]:
     texts = several(body.input, service.config.limits.inputs, "input")
     rows: list[Any] = []
     read = 0
-    async with service.pool.use(body.model) as worker:
+    async with (
+        asyncio.timeout(service.config.limits.seconds),
+        service.pool.use(body.model) as worker,
+    ):
         for text in texts:  # one at a time: chats in the same engine go on between them
             tokens, vector = await worker.call(partial(_embed, text=text))
             if body.dimensions not in (None, len(vector)):

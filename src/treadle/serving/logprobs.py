@@ -14,8 +14,11 @@ LOWEST = -9999.0
 def chat_logprobs(tokenizer: Tokenizer, piece: Piece) -> list[dict[str, Any]]:
     """An entry for each token of a piece; the token that ended the text is not part of it."""
     return [
-        {**_entry(tokenizer, token, logprob), "top_logprobs": []}
-        for token, logprob in zip(piece.tokens, piece.logprobs, strict=True)
+        {
+            **_entry(tokenizer, token, logprob),
+            "top_logprobs": [_entry(tokenizer, *other) for other in top],
+        }
+        for token, logprob, top in zip(piece.tokens, piece.logprobs, piece.tops, strict=True)
         if token not in tokenizer.stop_ids
     ]
 
@@ -46,11 +49,13 @@ class TextLogprobs:
     def add(self, tokenizer: Tokenizer, piece: Piece) -> None:
         if self.top is None:
             return
-        for token, logprob in zip(piece.tokens, piece.logprobs, strict=True):
+        for token, logprob, top in zip(piece.tokens, piece.logprobs, piece.tops, strict=True):
             if token in tokenizer.stop_ids:
                 continue
             entry = _entry(tokenizer, token, logprob)
-            row = (entry["token"], entry["logprob"], {entry["token"]: entry["logprob"]})
+            others = [_entry(tokenizer, *other) for other in top]
+            likely = {other["token"]: other["logprob"] for other in (*others, entry)}
+            row = (entry["token"], entry["logprob"], likely)
             for column, value in zip(self._lists.values(), (*row, self.offset), strict=True):
                 column.append(value)
             self.offset += len(entry["token"])

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 
+from treadle.inference.constrained import JsonSchema, LarkGrammar, Regex
+from treadle.inference.constraint import Constraint
 from treadle.inference.engine import Engine
 from treadle.inference.request import Request
 from treadle.inference.sampling import Sampling
 from treadle.serving.config import Limits
 from treadle.serving.errors import ApiError
-from treadle.serving.protocol import SamplingBody
+from treadle.serving.protocol import (
+    GrammarFormat,
+    JsonObjectFormat,
+    JsonSchemaFormat,
+    RegexFormat,
+    SamplingBody,
+    TextFormat,
+)
 
 STOPS = 16
 """Stop strings of a request."""
@@ -22,6 +32,8 @@ def request_of(
     limits: Limits,
     *,
     max_tokens: int | None,
+    top_logprobs: int | None = None,
+    constraint: Constraint | None = None,
 ) -> Request:
     """The engine's request; without `max_tokens` the answer may fill the context.
 
@@ -45,8 +57,41 @@ def request_of(
         max_tokens=min(max_tokens or room, room),
         stop=body.stops,
         seed=secrets.randbits(62) if body.seed is None else body.seed,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=_bias(body, engine),
+        top_logprobs=top_logprobs or 0,
+        constraint=constraint or _constraint(body),
     )
+    if sampling.constraint is not None:  # a wrong one is refused here, and compiled in this thread
+        sampling.constraint.build(engine.tokenizer, engine.model.config.vocab)
     return Request(tuple(prompt), sampling, n)
+
+
+def _constraint(body: SamplingBody) -> Constraint | None:
+    match body.response_format:
+        case None | TextFormat():
+            return None
+        case JsonObjectFormat():
+            return JsonSchema(text='{"type": "object"}')
+        case JsonSchemaFormat(json_schema=spec):
+            return JsonSchema(text=json.dumps(spec.schema_))
+        case RegexFormat(regex=pattern):
+            return Regex(pattern=pattern)
+        case GrammarFormat(grammar=text):
+            return LarkGrammar(text=text)
+
+
+def _bias(body: SamplingBody, engine: Engine) -> tuple[tuple[int, float], ...]:
+    vocab, bias = engine.model.config.vocab, []
+    for key, value in (body.logit_bias or {}).items():
+        if not key.isdecimal() or len(key) > 9 or int(key) >= vocab:
+            message = f"`logit_bias`: `{key[:40]}` is no token id; they are 0 to {vocab - 1}"
+            raise ApiError(400, message, param="logit_bias")
+        if not -100.0 <= value <= 100.0:
+            raise ApiError(400, "`logit_bias` is -100 to 100", param="logit_bias")
+        bias.append((int(key), value))
+    return tuple(bias)
 
 
 def room_after(prompt: list[int], engine: Engine) -> int:

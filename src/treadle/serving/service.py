@@ -12,6 +12,7 @@ from uuid import uuid4
 from treadle.inference.engine import Engine
 from treadle.inference.request import Finish, Request
 from treadle.serving.config import Serve
+from treadle.serving.errors import ApiError
 from treadle.serving.metrics import Metrics
 from treadle.serving.pool import Pool
 from treadle.serving.trial import Trials
@@ -52,6 +53,8 @@ class Session:
             self.tokens += len(piece.tokens)
             if piece.index == 0:
                 self.text += piece.text
+            if piece.finish == "cancelled":
+                raise ApiError(400, "the answer's format is too complex to be followed to its end")
             if piece.finish is not None:
                 self.finishes.append(piece.finish)
         return pieces

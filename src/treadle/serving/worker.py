@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from treadle.core.errors import TreadleError
 from treadle.inference.engine import Active, Engine
-from treadle.inference.request import Finish, Request
+from treadle.inference.request import Finish, Request, TopLogprobs
 from treadle.serving.errors import log, overloaded, unavailable
 from treadle.serving.metrics import Metrics
 
@@ -35,12 +35,14 @@ class Piece:
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    tops: list[TopLogprobs] = field(default_factory=list)
     finish: Finish | None = None
 
     def extend(self, more: Piece) -> None:
         self.text += more.text
         self.tokens += more.tokens
         self.logprobs += more.logprobs
+        self.tops += more.tops
         self.finish = more.finish
 
 
@@ -115,7 +117,7 @@ class Worker:
     def __init__(self, engine: Engine, *, name: str, capacity: int, metrics: Metrics) -> None:
         self.engine, self.name, self.capacity, self.metrics = engine, name, capacity, metrics
         self.tickets: set[Ticket] = set()
-        self.failed = False
+        self.failed = self.closed = False
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._jobs: dict[int, _Job] = {}
         self._numbers: dict[Ticket, int] = {}
@@ -131,6 +133,8 @@ class Worker:
         """
         if self.failed:
             raise unavailable(f"the model `{self.name}` has failed and is being reloaded", "failed")
+        if self.closed:
+            raise unavailable(f"the model `{self.name}` is being unloaded", "unloaded")
         if len(self.tickets) >= self.capacity:
             raise overloaded(
                 f"the model `{self.name}` has {self.capacity} requests in hand; try again"
@@ -172,6 +176,7 @@ class Worker:
 
     def close(self) -> None:
         """End the thread; open tickets fail."""
+        self.closed = True
         self._commands.put(None)
 
     def join(self) -> None:
@@ -258,7 +263,14 @@ class Worker:
             return None
         sent = job.sent.get(index, 0)
         job.sent[index] = len(sequence.tokens)
-        piece = Piece(index, text, sequence.tokens[sent:], sequence.logprobs[sent:], finish)
+        piece = Piece(
+            index,
+            text,
+            sequence.tokens[sent:],
+            sequence.logprobs[sent:],
+            sequence.tops[sent:],
+            finish,
+        )
         self.metrics.generated_tokens.labels(self.name).inc(len(piece.tokens))
         if finish is not None:
             job.ended.add(index)
