@@ -55,13 +55,19 @@ def running(
         target=loop.run_until_complete, args=(server.serve(sockets=[listener]),)
     )
     it = Running(app, f"http://127.0.0.1:{listener.getsockname()[1]}")
-    it.stop = lambda: loop.call_soon_threadsafe(server.stop)
+    stop = threading.Event()
+
+    def stop_once() -> None:  # a second call would be a second Ctrl-C
+        if not stop.is_set():
+            stop.set()
+            loop.call_soon_threadsafe(server.stop)
+
+    it.stop = stop_once
     thread.start()
     try:
         yield it
     finally:
-        if thread.is_alive():
-            it.stop()
+        it.stop()
         thread.join(timeout=30)
         assert not thread.is_alive(), "the server did not stop"
         loop.close()

@@ -52,12 +52,17 @@ class OutputParser:
     ) -> None:
         self.tools, self.mode, self.bare = tools, mode, bare
         self._held = ""
+        self._between = False
+        """Just after a tag, where line breaks belong to the tag."""
 
     def feed(self, text: str, *, final: bool) -> list[Part]:
         """Parts that the text completes; with `final`, all that is left."""
         self._held += text
         parts: list[Part] = []
         while True:
+            if self._between and self._held:
+                self._held = self._held.lstrip("\n")
+                self._between = not self._held
             mode, held = self.mode, len(self._held)
             match mode:
                 case "start":
@@ -75,7 +80,7 @@ class OutputParser:
     def _start(self, final: bool) -> None:
         text = self._held.lstrip()
         if text.startswith(THINK):
-            self.mode, self._held = "reasoning", text.removeprefix(THINK).lstrip("\n")
+            self.mode, self._held, self._between = "reasoning", text.removeprefix(THINK), True
         elif self.bare and self.tools and text.startswith("{"):
             self.mode = "call"
         elif final or not (THINK.startswith(text) or not text):
@@ -86,7 +91,7 @@ class OutputParser:
         kind = Reasoning if self.mode == "reasoning" else Content
         before, found, after = self._held.partition(tag) if tag else (self._held, "", "")
         if found:
-            self.mode, self._held = then, after.lstrip("\n") if then == "content" else after
+            self.mode, self._held, self._between = then, after, then == "content"
         else:
             keep = 0 if final or not tag else _overlap(before, tag)
             before, self._held = before[: len(before) - keep], before[len(before) - keep :]
@@ -98,7 +103,7 @@ class OutputParser:
             return []
         if not inside and not found:
             return []
-        self.mode, self._held = "content", after.lstrip("\n") if found else ""
+        self.mode, self._held, self._between = "content", after, True
         calls = self._read(inside)
         if calls:
             return list(calls)

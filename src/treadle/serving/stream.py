@@ -67,9 +67,9 @@ class EventStream(Response):
         except _StalledError:
             log.warning("a client read nothing for %.0f s; its stream is ended", self.stall)
             raise
-        except OSError:
-            return  # the client went away while it was sent to
         except Exception as error:
+            if isinstance(error, OSError) and not isinstance(error, TimeoutError):
+                return  # the client went away while it was sent to
             await self._send_part(send, event(as_api_error(error).content()))
         finally:
             await self.events.aclose()

@@ -222,7 +222,7 @@ class Worker:
         self.engine.cancel(number)
         self._forget(job)
         if not self._jobs:
-            self.engine.step()  # lets go of what was cancelled
+            self.engine.step()  # lets go of what has ended
 
     def _forget(self, job: _Job) -> None:
         """Count a job that does not finish."""
@@ -246,6 +246,8 @@ class Worker:
                 del self._jobs[sequence.job]
         for ticket, pieces in fresh.items():
             self._tell(ticket, partial(ticket.put, pieces))
+        if not self._jobs:
+            self.engine.step()  # lets go of what has ended
 
     def _time(self, job: _Job, index: int, now: float) -> None:
         if index in job.last:
