@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from treadle.inference.constraint import Constraint
 from treadle.inference.sampling import Sampling
 
 Finish = Literal["stop", "length", "cancelled"]
@@ -18,6 +19,10 @@ class Request:
     prompt: tuple[int, ...]
     sampling: Sampling
     n: int = 1
+    priority: int = 0
+    """Higher goes first and is preempted last."""
+    constraint: Constraint | None = None
+    """Forked for each completion; the request's own is never advanced."""
 
 
 @dataclass(frozen=True)
