@@ -37,6 +37,10 @@ class Completion:
     """Of each sampled token under the model at the request's temperature (at 1 where greedy),
     before truncation by top-k, top-p or min-p."""
     finish: Finish
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    """For each token the likeliest tokens and their log-probabilities, if they were asked for."""
+    cached_tokens: int = 0
+    """Tokens of the prompt that did not have to be computed."""
 
 
 @dataclass(frozen=True)
