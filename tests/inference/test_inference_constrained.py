@@ -13,12 +13,12 @@ from tiny_generation import END, byte_tokenizer, tiny_model
 
 pytest.importorskip("llguidance")
 from treadle.core.errors import TreadleError
-from treadle.inference.constrained import JsonSchema, LarkGrammar, Regex
-from treadle.inference.constraint import Constraint, Guide
+from treadle.inference.constrained import JsonSchema, Language, LarkGrammar, Regex
+from treadle.inference.constraint import Constraint
 from treadle.inference.engine import Engine, EngineConfig
+from treadle.inference.penalties import forbid
 from treadle.inference.request import Completion, Request
 from treadle.inference.sampling import Sampling, sample
-from treadle.tokenizers.tokenizer import Tokenizer
 
 PROMPT = (10, 20, 30)
 SCHEMA = {
@@ -40,8 +40,10 @@ def engine(slots: int = 16) -> Engine:
     return Engine(tiny_model(context=512), byte_tokenizer(), EngineConfig(slots=slots))
 
 
-def request(constraint: object, seed: int, **sampling: object) -> Request:
-    return Request(PROMPT, Sampling(constraint=constraint, seed=seed, max_tokens=400, **sampling))
+def request(language: Language, seed: int, **sampling: object) -> Request:
+    constraint = language.build(byte_tokenizer(), 257)
+    sampling = Sampling(seed=seed, max_tokens=400, **sampling)
+    return Request(PROMPT, sampling, constraint=constraint)
 
 
 def run(*requests: Request) -> list[Completion]:
@@ -80,21 +82,22 @@ def test_masked_distribution_is_the_models_renormalised() -> None:
     it = engine()
     guide = constraint.build(it.tokenizer, 257)
     with torch.no_grad():
-        logits = it.model.logits(it.model(torch.tensor([PROMPT]))[0, -1:])
-    p = logits.softmax(-1)[0].double().numpy() * guide.mask()
-    assert guide.mask().sum() == 6
+        logits = it.runner.model.logits(it.runner.model(torch.tensor([PROMPT]))[0, -1:])
+    allowed = guide.mask()
+    p = logits.softmax(-1)[0].double().numpy() * allowed.numpy()
+    assert int(allowed.sum()) == 6
+    rows = logits.repeat(3000, 1)
+    for row in rows:
+        forbid(row, allowed)
     n = 3000
     draw = sample(
-        logits.expand(n, -1),
+        rows,
         [Sampling(seed=i) for i in range(n)],
         streams=[0] * n,
         steps=[0] * n,
-        allowed=torch.from_numpy(guide.mask()).expand(n, -1),
     )
     counts = np.bincount(draw.tokens.numpy(), minlength=257) / n
     assert np.abs(counts - p / p.sum()).max() < 4 / n**0.5 / 2
-    free = logits.log_softmax(-1)[0, draw.tokens]
-    torch.testing.assert_close(draw.logprobs, free)  # as the model itself has it
 
 
 def test_greedy_takes_the_best_that_is_allowed() -> None:
@@ -103,21 +106,20 @@ def test_greedy_takes_the_best_that_is_allowed() -> None:
     tokens = list(PROMPT)
     for _ in range(6):
         with torch.no_grad():
-            logits = it.model.logits(it.model(torch.tensor([tokens]))[0, -1])
+            logits = it.runner.model.logits(it.runner.model(torch.tensor([tokens]))[0, -1])
         choices = it.tokenizer.encode("xyz")
         tokens.append(max(choices, key=lambda t: float(logits[t])))
-    assert answer.tokens == tuple(tokens[3:])
+    assert answer.tokens == (*tokens[3:], END)
 
 
 def test_the_text_may_end_only_where_it_is_whole() -> None:
     guide = Regex(pattern="ab+").build(byte_tokenizer(), 257)
     a, b = byte_tokenizer().encode("ab")
-    assert guide.mask().nonzero()[0].tolist() == [a]
+    assert guide.mask().nonzero()[:, 0].tolist() == [a]
     guide.advance(a)
-    assert guide.mask().nonzero()[0].tolist() == [b]
+    assert guide.mask().nonzero()[:, 0].tolist() == [b]
     guide.advance(b)
-    assert sorted(guide.mask().nonzero()[0].tolist()) == sorted([b, END])
-    assert not guide.done
+    assert sorted(guide.mask().nonzero()[:, 0].tolist()) == sorted([b, END])
 
 
 @pytest.mark.parametrize(
@@ -130,69 +132,32 @@ def test_the_text_may_end_only_where_it_is_whole() -> None:
         (LarkGrammar(text="start: nothing"), "LarkGrammar"),
     ],
 )
-def test_wrong_constraints_are_refused_at_once(constraint: object, message: str) -> None:
-    it = engine()
+def test_wrong_constraints_are_refused_at_once(constraint: Language, message: str) -> None:
     with pytest.raises(TreadleError, match=message):
-        it.submit(request(constraint, 0))
-    assert not it.waiting
-
-
-def test_penalties_bias_and_top_logprobs() -> None:
-    """Against the formula on the model's logits."""
-    sampling = Sampling(
-        temperature=0,
-        max_tokens=12,
-        presence_penalty=0.7,
-        frequency_penalty=0.9,
-        logit_bias=((65, 3.0), (END, -100.0)),
-        top_logprobs=4,
-    )
-    it = engine()
-    answer = it.generate([Request(PROMPT, sampling)])[0][0]
-    tokens: list[int] = []
-    for step in range(12):
-        with torch.no_grad():
-            z = it.model.logits(it.model(torch.tensor([[*PROMPT, *tokens]]))[0, -1]).clone()
-        for token in set(tokens):
-            z[token] -= 0.7 + 0.9 * tokens.count(token)
-        z[65] += 3.0
-        z[END] -= 100.0
-        top = z.log_softmax(-1).topk(4)
-        assert [t for t, _ in answer.tops[step]] == top.indices.tolist()
-        assert [lp for _, lp in answer.tops[step]] == pytest.approx(top.values.tolist(), abs=1e-4)
-        tokens.append(int(z.argmax()))
-    assert list(answer.tokens) == tokens
+        constraint.build(byte_tokenizer(), 257)
 
 
 class Broken(Constraint):
-    """One whose guide gives up, as a parser does that reaches its limits."""
+    """One that gives up, as a parser does that reaches its limits."""
 
-    after: int
-
-    def build(self, tokenizer: Tokenizer, vocab: int) -> Guide:
-        return BrokenGuide(self.after)
-
-
-class BrokenGuide(Guide):
     def __init__(self, after: int) -> None:
         self.left = after
 
-    def mask(self) -> np.ndarray:
+    def fork(self) -> Constraint:
+        return Broken(self.left)
+
+    def mask(self) -> torch.Tensor | None:
         self.left -= 1
         if self.left < 0:
             raise TreadleError("too complex")
-        return np.ones(257, dtype=bool)
+        return None
 
     def advance(self, token: int) -> None: ...
 
-    @property
-    def done(self) -> bool:
-        return False
 
-
-def test_a_guide_that_fails_ends_its_own_text_only() -> None:
-    bias = ((END, -100.0),)
-    broken = Request(PROMPT, Sampling(constraint=Broken(after=3), max_tokens=9, logit_bias=bias))
+def test_a_constraint_that_fails_ends_its_own_text_only() -> None:
+    sampling = Sampling(max_tokens=9, logit_bias=((END, -100.0),))
+    broken = Request(PROMPT, sampling, constraint=Broken(3))
     other = Request(PROMPT, Sampling(seed=4, max_tokens=9))
     first, second = run(broken, other)
     assert (first.finish, len(first.tokens)) == ("cancelled", 3)

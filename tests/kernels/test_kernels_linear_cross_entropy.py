@@ -21,6 +21,7 @@ RULES = [HeadRule(), HeadRule(softcap=2.0), HeadRule(temperature=0.6, softcap=3.
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lce, "CHUNK_ELEMENTS", 5 * 37)
+    monkeypatch.setattr(lce, "CHUNK_ROWS", 5)
 
 
 def operands(dtype: torch.dtype = torch.float32):

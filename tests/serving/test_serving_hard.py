@@ -200,7 +200,7 @@ def test_an_engine_that_fails_is_replaced() -> None:
             def broken(*args: object) -> None:
                 raise RuntimeError("out of memory")
 
-            engine.model.logits = broken  # type: ignore[method-assign]
+            engine.runner.model.logits = broken  # type: ignore[method-assign]
         made.append(engine)
         return engine
 
@@ -263,7 +263,7 @@ def test_an_adapter_shares_its_bases_weights(tmp_path: Path) -> None:
         adapted = server.client.completions.create(model="polite", **asked).choices[0].text
         plain = server.client.completions.create(model="tiny", **asked).choices[0].text
         pool = server.app.service.pool
-        base, other = (pool.workers()[name].engine.model for name in ("tiny", "polite"))
+        base, other = (pool.workers()[name].engine.runner.model for name in ("tiny", "polite"))
         assert base.embedding.weight is other.embedding.weight
         assert pool._loaded_bytes() < 1.2 * sum(p.nbytes for p in base.parameters())
     engine = tiny_engine()

@@ -130,7 +130,7 @@ def test_embeddings_are_mean_hidden_states(server: Running) -> None:
     engine = tiny_engine()
     for text, item, same in zip(texts, answer.data, plain.data, strict=True):
         with torch.no_grad():
-            hidden = engine.model(torch.tensor([engine.tokenizer.encode(text)]))[0]
+            hidden = engine.runner.model(torch.tensor([engine.tokenizer.encode(text)]))[0]
         wanted = hidden.mean(0) / hidden.mean(0).norm()
         assert item.embedding == pytest.approx(wanted.tolist(), abs=1e-5)
         assert same.embedding == pytest.approx(wanted.tolist(), abs=1e-5)

@@ -112,6 +112,8 @@ class RolloutStream(Stream):
             for offset, problem in enumerate(problems)
         ]
         self.env.model.eval()
+        # The update since the last step changed the weights: no page of before may be found.
+        self.engine.forget()
         answers = self.engine.generate(requests)
         self.env.model.train()
         return [

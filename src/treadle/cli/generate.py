@@ -35,30 +35,30 @@ def generate(
 ) -> None:
     """Continue a text."""
     from treadle.cli.voice import engine_of
-    from treadle.inference.constrained import JsonSchema, Regex
-    from treadle.inference.constraint import Constraint
+    from treadle.inference.constrained import JsonSchema, Language, Regex
     from treadle.inference.request import Request
     from treadle.inference.sampling import Sampling
     from treadle.tokenizers.chat import encode_prompt
 
     text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
-    constraint: Constraint | None = Regex(pattern=regex) if regex else None
+    language: Language | None = Regex(pattern=regex) if regex else None
     if json_schema is not None:
-        constraint = JsonSchema(text=json_schema)
+        language = JsonSchema(text=json_schema)
     sampling = Sampling(
         temperature=temperature,
         top_p=top_p,
         max_tokens=max_tokens,
         stop=tuple(stop or ()),
         seed=seed,
-        constraint=constraint,
     )
     engine = engine_of(model, device)
     if chat:
         tokens = encode_prompt(engine.tokenizer, [{"role": "user", "content": text}])
     else:
         tokens = engine.tokenizer.encode(text, add_special=True)
-    (completions,) = engine.generate([Request(tuple(tokens), sampling, n=n)])
+    constraint = language.build(engine.tokenizer, engine.runner.vocab) if language else None
+    request = Request(tuple(tokens), sampling, n=n, constraint=constraint)
+    (completions,) = engine.generate([request])
     for completion in completions:
         if as_json:
             row = {

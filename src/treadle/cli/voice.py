@@ -41,7 +41,7 @@ class EngineVoice:
         self.engine, self.sampling = engine, sampling
 
     def fits(self, messages: Sequence[Message]) -> bool:
-        context = self.engine.model.config.context
+        context = self.engine.runner.context
         reserve = min(self.sampling.max_tokens, context // 4)
         return len(self._prompt(messages)) + reserve <= context
 

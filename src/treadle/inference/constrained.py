@@ -16,12 +16,15 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Bool
 from pydantic import Field
+from torch import Tensor
 
 from treadle.core.cards import Card
+from treadle.core.config import Config
 from treadle.core.errors import TreadleError
-from treadle.inference.constraint import Constraint, Guide
+from treadle.inference.constraint import Constraint
 from treadle.tokenizers.tokenizer import Tokenizer
 
 CARD = Card(
@@ -34,14 +37,19 @@ CARD = Card(
 )
 
 
-class _Language(Constraint):
-    """A shape: what llguidance can follow."""
+class Language(Config):
+    """A shape: the texts that may be written."""
 
     @abstractmethod
     def grammar(self) -> str:
         """In llguidance's own format."""
 
-    def build(self, tokenizer: Tokenizer, vocab: int) -> Guide:
+    def build(self, tokenizer: Tokenizer, vocab: int) -> Constraint:
+        """The constraint at the start of a text, for a model with `vocab` logits.
+
+        Raises:
+            TreadleError: the language is not described well.
+        """
         library = _library()
         matcher = library.LLMatcher(_vocabulary(tokenizer, vocab), self.grammar(), log_level=0)
         if matcher.is_error():
@@ -49,7 +57,7 @@ class _Language(Constraint):
         return _Matcher(matcher, vocab)
 
 
-class JsonSchema(_Language):
+class JsonSchema(Language):
     """JSON that a schema accepts, on one line."""
 
     text: str = "{}"
@@ -69,7 +77,7 @@ class JsonSchema(_Language):
         return str(made)
 
 
-class Regex(_Language):
+class Regex(Language):
     """Text that a regular expression matches as a whole; Rust's syntax, without look-around."""
 
     pattern: str = Field(min_length=1)
@@ -78,7 +86,7 @@ class Regex(_Language):
         return str(_library().LLMatcher.grammar_from_regex(self.pattern))
 
 
-class LarkGrammar(_Language):
+class LarkGrammar(Language):
     """Text derived from `start` in a context-free grammar in Lark's syntax."""
 
     text: str = Field(min_length=1)
@@ -87,32 +95,28 @@ class LarkGrammar(_Language):
         return str(_library().LLMatcher.grammar_from_lark(self.text))
 
 
-class _Matcher(Guide):
+class _Matcher(Constraint):
     def __init__(self, matcher: Any, vocab: int) -> None:
         self.matcher, self.vocab = matcher, vocab
         self.bits = np.zeros((1, (vocab + 31) // 32), dtype=np.int32)
 
-    def mask(self) -> Bool[np.ndarray, " V"]:
+    def fork(self) -> Constraint:
+        return _Matcher(self.matcher.deep_copy(), self.vocab)
+
+    def mask(self) -> Bool[Tensor, " V"]:
         import llguidance.numpy
 
         llguidance.numpy.fill_next_token_bitmask(self.matcher, self.bits)
-        self._check()
+        if self.matcher.is_error():
+            raise TreadleError(f"constrained output: {_first_line(self.matcher.get_error())}")
         allowed = np.unpackbits(self.bits.view(np.uint8)[0], bitorder="little")[: self.vocab]
         if not allowed.any():
             raise TreadleError("the constraint allows no token here: the vocabulary lacks some")
-        return allowed.view(np.bool_)
+        return torch.from_numpy(allowed.view(np.bool_))
 
     def advance(self, token: int) -> None:
         # a parser that reaches its limits here says so at the next mask
         self.matcher.consume_token(token)
-
-    @property
-    def done(self) -> bool:
-        return bool(self.matcher.is_stopped()) and not self.matcher.is_error()
-
-    def _check(self) -> None:
-        if self.matcher.is_error():
-            raise TreadleError(f"constrained output: {_first_line(self.matcher.get_error())}")
 
 
 def _first_line(text: str) -> str:

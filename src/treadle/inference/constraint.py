@@ -1,48 +1,35 @@
-"""What a text must look like, told to the sampler token by token.
+"""What a completion may contain, token by token: the hook for grammars and schemas.
 
-A constraint is a value that a request carries; a guide follows one completion. The engine asks for
-the tokens that may come next, samples among them, and tells the guide which it took.
+The engine asks for the mask before it draws a token and tells the constraint which one it drew.
+Masked tokens get probability 0 before temperature and truncation see the logits.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-import numpy as np
 from jaxtyping import Bool
-
-from treadle.core.config import Config
-from treadle.tokenizers.tokenizer import Tokenizer
+from torch import Tensor
 
 
-class Guide(ABC):
-    """Follows one completion."""
+class Constraint(ABC):
+    """State of one completion. Lives on the CPU; the engine moves masks where they are needed."""
 
     @abstractmethod
-    def mask(self) -> Bool[np.ndarray, " V"]:
-        """Tokens that may come next, a stop token where the text may end.
+    def fork(self) -> Constraint:
+        """An independent copy: a request's constraint is forked for each of its completions."""
+
+    @abstractmethod
+    def mask(self) -> Bool[Tensor, " V"] | None:
+        """Which tokens may come next, at least one; None if all may.
+
+        Where the text may end, the tokenizer's stop tokens are allowed. The mask may be shorter
+        than the model's vocabulary (padded heads): what lies behind its end is forbidden.
 
         Raises:
-            TreadleError: the constraint cannot be followed further; the text ends, unfinished.
+            TreadleError: the constraint cannot be followed further; the text ends as cancelled.
         """
 
     @abstractmethod
     def advance(self, token: int) -> None:
-        """The token that was taken; one of those that the mask allowed."""
-
-    @property
-    @abstractmethod
-    def done(self) -> bool:
-        """Whether the text is whole and nothing may follow."""
-
-
-class Constraint(Config):
-    """A shape: the texts that may be written."""
-
-    @abstractmethod
-    def build(self, tokenizer: Tokenizer, vocab: int) -> Guide:
-        """A guide at the start of a completion, for a model with `vocab` logits.
-
-        Raises:
-            TreadleError: the constraint is not valid, or allows no text.
-        """
+        """A token that `mask` allowed was drawn. Not called for a stop token."""

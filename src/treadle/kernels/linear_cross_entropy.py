@@ -30,8 +30,9 @@ CARD = Card(
     recipe="treadle run quickstart",
     oracle="tests/kernels/test_kernels_linear_cross_entropy.py::test_linear_cross_entropy_and_gradients",
 )
-CHUNK_ELEMENTS = 16 * 2**20
-"""Logits held at once: 64 MiB in fp32."""
+CHUNK_ELEMENTS, CHUNK_ROWS = 4 * 2**20, 256
+"""Logits held at once: 16 MiB in fp32, that caches and allocators keep; but of so many rows at
+least that reading the matrix anew for each chunk stays cheap beside the product."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class TokenStatistics:
 
 
 def chunks(rows: int, vocab: int) -> list[slice]:
-    step = max(1, CHUNK_ELEMENTS // vocab)
+    step = max(CHUNK_ROWS, CHUNK_ELEMENTS // vocab)
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 
@@ -100,9 +101,12 @@ def token_statistics(
     entropy = torch.empty_like(logprobs)
     for rows in chunks(len(targets), len(weight)):
         logits, _ = _logits(hidden[rows], weight, bias, rule)
-        lse = logits.logsumexp(-1)
-        logprobs[rows] = logits.gather(-1, targets[rows, None])[:, 0] - lse
-        entropy[rows] = lse - (torch.exp(logits - lse[:, None]) * logits).sum(-1)
+        shifted = logits.sub_(logits.amax(-1, keepdim=True))
+        target = shifted.gather(-1, targets[rows, None])[:, 0]
+        p = shifted.exp()
+        mass = p.sum(-1)
+        logprobs[rows] = target - mass.log()
+        entropy[rows] = mass.log() - p.mul_(shifted).sum(-1) / mass
     return TokenStatistics(logprobs, entropy)
 
 
@@ -150,15 +154,30 @@ def _logits(
     return logits, slope
 
 
-def _logit_gradient(
-    logits: Tensor, slope: Tensor | None, lse: Tensor, targets: Tensor, g: Tensor, rule: HeadRule
-) -> Tensor:
-    """d(sum g_i logp_i) / d(W h): g (onehot - softmax), through temperature and cap. In place."""
-    grad = logits.sub_(lse[:, None]).exp_().mul_(-g[:, None])
-    grad.scatter_add_(1, targets[:, None], g[:, None])
-    if rule.temperature != 1.0:
-        grad.div_(rule.temperature)
-    return grad if slope is None else grad.mul_(slope)
+@dataclass(frozen=True)
+class _Softmax:
+    """exp(z - max z), in the place of the logits, and what was read before they went."""
+
+    exponentials: Float[Tensor, "C V"]
+    mass: Float[Tensor, " C"]
+    logp: Float[Tensor, " C"]
+    likeliest: Float[Tensor, " C"]
+    """1 where the target has the greatest logit."""
+
+    @staticmethod
+    def of(logits: Tensor, targets: Tensor) -> _Softmax:
+        peak = logits.amax(-1, keepdim=True)
+        target = logits.gather(-1, targets[:, None]) - peak
+        exponentials = logits.sub_(peak).exp_()
+        mass = exponentials.sum(-1)
+        return _Softmax(exponentials, mass, target[:, 0] - mass.log(), (target[:, 0] == 0).float())
+
+    def gradient(self, slope: Tensor | None, targets: Tensor, g: Tensor, rule: HeadRule) -> Tensor:
+        """d(sum g_i logp_i) / d(W h): g (onehot - softmax), through temperature and cap."""
+        g = g / rule.temperature
+        grad = self.exponentials.mul_((-g / self.mass)[:, None])
+        grad.scatter_add_(1, targets[:, None], g[:, None])
+        return grad if slope is None else grad.mul_(slope)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -172,25 +191,21 @@ class _TokenLogprobs(torch.autograd.Function):
         rule: HeadRule,
     ) -> Tensor:
         logp = torch.empty(len(targets), device=hidden.device)
-        lse = torch.empty_like(logp)
         for rows in chunks(len(targets), len(weight)):
             logits, _ = _logits(hidden[rows], weight, bias, rule)
-            lse[rows] = logits.logsumexp(-1)
-            logp[rows] = logits.gather(-1, targets[rows, None])[:, 0] - lse[rows]
-        ctx.save_for_backward(hidden, weight, targets, bias, lse)
+            logp[rows] = _Softmax.of(logits, targets[rows]).logp
+        ctx.save_for_backward(hidden, weight, targets, bias)
         ctx.rule = rule
         return logp
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, bias, lse = ctx.saved_tensors
+        hidden, weight, targets, bias = ctx.saved_tensors
         sums = _Gradients(ctx, hidden, weight, bias)
         for rows in chunks(len(targets), len(weight)):
             logits, slope = _logits(hidden[rows], weight, bias, ctx.rule)
-            sums.add(
-                rows,
-                _logit_gradient(logits, slope, lse[rows], targets[rows], grads[0][rows], ctx.rule),
-            )
+            softmax = _Softmax.of(logits, targets[rows])
+            sums.add(rows, softmax.gradient(slope, targets[rows], grads[0][rows], ctx.rule))
         return sums.hidden, sums.weight, None, sums.bias, None
 
 
@@ -211,11 +226,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for rows in chunks(len(targets), len(weight)):
             logits, slope = _logits(hidden[rows], weight, bias, rule)
             y, w = targets[rows], weights[rows].float()
-            lse = logits.logsumexp(-1)
-            total += (w * (lse - logits.gather(-1, y[:, None])[:, 0])).sum()
-            correct += (w * (logits.argmax(-1) == y)).sum()
+            softmax = _Softmax.of(logits, y)
+            total -= (w * softmax.logp).sum()
+            correct += (w * softmax.likeliest).sum()
             if sums.needed:
-                sums.add(rows, _logit_gradient(logits, slope, lse, y, -w, rule))
+                sums.add(rows, softmax.gradient(slope, y, -w, rule))
         ctx.sums = sums
         ctx.mark_non_differentiable(correct)
         return total, correct

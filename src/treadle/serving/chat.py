@@ -77,7 +77,7 @@ class ChatAnswer:
             self.service.config.limits,
             max_tokens=body.max_completion_tokens or body.max_tokens,
             top_logprobs=body.top_logprobs if body.logprobs else None,
-            constraint=JsonSchema(text=json.dumps(call_schema(forced))) if forced else None,
+            language=JsonSchema(text=json.dumps(call_schema(forced))) if forced else None,
         )
 
     async def whole(self) -> dict[str, Any]:

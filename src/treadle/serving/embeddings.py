@@ -24,6 +24,7 @@ from treadle.inference.engine import Engine
 from treadle.nn.context import Packed
 from treadle.nn.layout import Layout
 from treadle.serving.errors import ApiError, reply
+from treadle.serving.pool import runner_of
 from treadle.serving.protocol import EmbeddingBody
 from treadle.serving.sampling import room_after
 from treadle.serving.service import Service
@@ -70,10 +71,11 @@ def _embed(engine: Engine, text: Text) -> tuple[int, Float[np.ndarray, " D"]]:
 @torch.inference_mode()
 def mean_hidden(engine: Engine, tokens: list[int]) -> Float[Tensor, " D"]:
     """The unit vector of a text."""
-    device = engine.model.embedding.weight.device
+    runner = runner_of(engine)
+    device = runner.device
     context = Packed.of(Layout((len(tokens),)), device)
-    with engine.autocast():
-        hidden = engine.model(torch.tensor(tokens, device=device), context)
+    with runner.autocast():
+        hidden = runner.model(torch.tensor(tokens, device=device), context)
     return torch.nn.functional.normalize(hidden.float().mean(0), dim=0).cpu()
 
 

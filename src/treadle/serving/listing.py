@@ -30,7 +30,7 @@ def routes(service: Service) -> APIRouter:
             row |= {"parent": offer.base}
         worker = service.pool.workers().get(name)
         if worker is not None:
-            row["max_model_len"] = worker.engine.model.config.context
+            row["max_model_len"] = worker.engine.runner.context
         return {**row, "loaded": worker is not None}
 
     @router.get("/v1/models")
@@ -48,7 +48,7 @@ def routes(service: Service) -> APIRouter:
         async with service.pool.use(body.model) as worker:
             tokenizer = worker.engine.tokenizer
             tokens = await asyncio.to_thread(_tokens, tokenizer, body)
-            context = worker.engine.model.config.context
+            context = worker.engine.runner.context
             return reply({"tokens": tokens, "count": len(tokens), "max_model_len": context})
 
     @router.post("/detokenize")

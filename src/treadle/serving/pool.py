@@ -14,10 +14,11 @@ from torch import Tensor
 
 from treadle.core.errors import TreadleError, did_you_mean
 from treadle.inference.engine import Engine
+from treadle.inference.torch_runner import TorchRunner
 from treadle.models.decoder import DecoderModel
 from treadle.peft.files import load_adapter
 from treadle.serving.config import Serve
-from treadle.serving.errors import unavailable, unknown_model
+from treadle.serving.errors import ApiError, unavailable, unknown_model
 from treadle.serving.metrics import Metrics
 from treadle.serving.worker import Worker
 
@@ -179,12 +180,24 @@ class Pool:
             self.metrics.loaded.labels(entry.offer.name).set(0)
 
 
+def runner_of(engine: Engine) -> TorchRunner:
+    """The runner behind an engine, with its model.
+
+    Raises:
+        ApiError: the engine runs it in a form of its own.
+    """
+    if isinstance(engine.runner, TorchRunner):
+        return engine.runner
+    raise ApiError(400, "this model is served in a form that gives text only", code="text_only")
+
+
 def _adapted(base: Engine, folder: str) -> Engine:
     """An engine with the adapter on it; the base's weights are shared, not copied."""
-    shared = {id(tensor): tensor for tensor in _tensors(base.model)}
-    model: DecoderModel = load_adapter(copy.deepcopy(base.model, shared), folder)
+    runner = runner_of(base)
+    shared = {id(tensor): tensor for tensor in _tensors(runner.model)}
+    model: DecoderModel = load_adapter(copy.deepcopy(runner.model, shared), folder)
     model.requires_grad_(False).eval()
-    return Engine(model, base.tokenizer, base.config, autocast=base.autocast)
+    return Engine(model, base.tokenizer, base.config, autocast=runner.autocast)
 
 
 def _tensors(model: DecoderModel) -> Iterator[Tensor]:
@@ -192,10 +205,11 @@ def _tensors(model: DecoderModel) -> Iterator[Tensor]:
 
 
 def _bytes(engines: Sequence[Engine]) -> int:
-    """Memory of the weights, shared ones once."""
+    """Memory of the weights, shared ones once; a runner of another make counts as nothing."""
     storages = {}
     for engine in engines:
-        for tensor in _tensors(engine.model):
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+        if isinstance(engine.runner, TorchRunner):
+            for tensor in _tensors(engine.runner.model):
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 
-from treadle.inference.constrained import JsonSchema, LarkGrammar, Regex
-from treadle.inference.constraint import Constraint
+from treadle.inference.constrained import JsonSchema, Language, LarkGrammar, Regex
 from treadle.inference.engine import Engine
 from treadle.inference.request import Request
 from treadle.inference.sampling import Sampling
@@ -33,7 +32,7 @@ def request_of(
     *,
     max_tokens: int | None,
     top_logprobs: int | None = None,
-    constraint: Constraint | None = None,
+    language: Language | None = None,
 ) -> Request:
     """The engine's request; without `max_tokens` the answer may fill the context.
 
@@ -61,14 +60,13 @@ def request_of(
         frequency_penalty=body.frequency_penalty or 0.0,
         logit_bias=_bias(body, engine),
         top_logprobs=top_logprobs or 0,
-        constraint=constraint or _constraint(body),
     )
-    if sampling.constraint is not None:  # a wrong one is refused here, and compiled in this thread
-        sampling.constraint.build(engine.tokenizer, engine.model.config.vocab)
-    return Request(tuple(prompt), sampling, n)
+    language = language or _language(body)
+    constraint = language.build(engine.tokenizer, engine.runner.vocab) if language else None
+    return Request(tuple(prompt), sampling, n, constraint=constraint)
 
 
-def _constraint(body: SamplingBody) -> Constraint | None:
+def _language(body: SamplingBody) -> Language | None:
     match body.response_format:
         case None | TextFormat():
             return None
@@ -83,7 +81,7 @@ def _constraint(body: SamplingBody) -> Constraint | None:
 
 
 def _bias(body: SamplingBody, engine: Engine) -> tuple[tuple[int, float], ...]:
-    vocab, bias = engine.model.config.vocab, []
+    vocab, bias = engine.runner.vocab, []
     for key, value in (body.logit_bias or {}).items():
         if not key.isdecimal() or len(key) > 9 or int(key) >= vocab:
             message = f"`logit_bias`: `{key[:40]}` is no token id; they are 0 to {vocab - 1}"
@@ -100,16 +98,16 @@ def room_after(prompt: list[int], engine: Engine) -> int:
     Raises:
         ApiError: the prompt is empty, leaves no room, or has ids that are no tokens.
     """
-    decoder = engine.model.config
+    context, vocab = engine.runner.context, engine.runner.vocab
     if not prompt:
         raise ApiError(400, "the prompt is empty: give at least one token", param="prompt")
-    if len(prompt) >= decoder.context:
+    if len(prompt) >= context:
         raise ApiError(
             400,
-            f"the prompt has {len(prompt)} tokens, but the model's context is {decoder.context}: "
+            f"the prompt has {len(prompt)} tokens, but the model's context is {context}: "
             "shorten the prompt",
             code="context_length_exceeded",
         )
-    if min(prompt) < 0 or max(prompt) >= decoder.vocab:
-        raise ApiError(400, f"token ids are 0 to {decoder.vocab - 1}", param="prompt")
-    return decoder.context - len(prompt)
+    if min(prompt) < 0 or max(prompt) >= vocab:
+        raise ApiError(400, f"token ids are 0 to {vocab - 1}", param="prompt")
+    return context - len(prompt)

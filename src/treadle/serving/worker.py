@@ -19,8 +19,9 @@ from functools import partial
 from typing import TypeVar
 
 from treadle.core.errors import TreadleError
-from treadle.inference.engine import Active, Engine
-from treadle.inference.request import Finish, Request, TopLogprobs
+from treadle.inference.engine import Engine
+from treadle.inference.request import Finish, Request
+from treadle.inference.sequence import Active
 from treadle.serving.errors import log, overloaded, unavailable
 from treadle.serving.metrics import Metrics
 
@@ -35,7 +36,7 @@ class Piece:
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    tops: list[TopLogprobs] = field(default_factory=list)
+    tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     finish: Finish | None = None
 
     def extend(self, more: Piece) -> None:
@@ -270,7 +271,7 @@ class Worker:
             text,
             sequence.tokens[sent:],
             sequence.logprobs[sent:],
-            sequence.tops[sent:],
+            sequence.top[sent:],
             finish,
         )
         self.metrics.generated_tokens.labels(self.name).inc(len(piece.tokens))
