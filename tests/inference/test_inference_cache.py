@@ -6,10 +6,11 @@ import pytest
 import torch
 from tiny_generation import byte_tokenizer, tiny_model
 
-from treadle.inference.cache import Decode, KVCache, Prefill
 from treadle.inference.engine import Engine, EngineConfig
 from treadle.inference.request import Request
+from treadle.inference.runner import Batch
 from treadle.inference.sampling import Sampling
+from treadle.inference.torch_runner import TorchRunner
 from treadle.models.decoder import Decoder
 from treadle.nn.alibi import ALiBi
 from treadle.nn.block import Block
@@ -65,15 +66,14 @@ def test_cached_equals_uncached(name, model) -> None:
 
 
 def test_a_window_keeps_a_ring() -> None:
-    model = tiny_model(6, None)
-    cache = KVCache(model, slots=2)
-    with torch.inference_mode():
-        model(torch.arange(40), Prefill.of(cache, [0], [40]))
-        for _ in range(5):
-            model(torch.tensor([1]), Decode.of(cache, 1))
-    assert cache.keys[0].shape[2] == 6
-    assert cache.keys[1].shape[2] >= 45
-    held = cache.held(0, torch.tensor([45]), 45)
+    runner = TorchRunner(tiny_model(6, None), pages=8)
+    table = [0, 1, 2]
+    runner.run(Batch(list(range(40)), [40], [0], [table], [1]))
+    for start in range(40, 45):
+        runner.run(Batch([1], [1], [start], [table], [1]))
+    assert runner.rows.keys[0].shape[2] == 6
+    assert runner.rows.keys[1].shape[2] >= 45
+    held = runner.rows.held(torch.tensor([45]), 45, 6)
     assert sorted(held[0].tolist()) == list(range(39, 45))
 
 
@@ -84,5 +84,6 @@ def test_precision_may_change_between_generations() -> None:
     request = Request((1, 2, 3), Sampling(temperature=0.0, max_tokens=6))
     engine.generate([request])
     model.to(torch.bfloat16)
+    engine.forget()
     low = Engine(model, byte_tokenizer()).generate([request])
     assert engine.generate([request]) == low

@@ -36,8 +36,8 @@ def test_text_does_not_depend_on_the_batch() -> None:
 def test_shared_prompt_is_computed_once() -> None:
     it = engine()
     lengths = []
-    forward = it.model.forward
-    it.model.forward = lambda tokens, context=None: (
+    forward = it.runner.model.forward
+    it.runner.model.forward = lambda tokens, context=None: (
         lengths.append(len(tokens)),
         forward(tokens, context),
     )[1]
@@ -93,8 +93,8 @@ def test_stop_token_ends_without_its_text() -> None:
     it = engine()
     bias = torch.zeros(257)
     bias[END] = 1e4
-    logits = it.model.logits
-    it.model.logits = lambda hidden: logits(hidden) + bias
+    logits = it.runner.model.logits
+    it.runner.model.logits = lambda hidden: logits(hidden) + bias
     completion = it.generate([Request(PROMPT, Sampling(max_tokens=9))])[0][0]
     assert completion.tokens == (END,)
     assert completion.text == ""

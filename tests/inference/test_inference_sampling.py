@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from treadle.inference import sampling
-from treadle.inference.sampling import Sampling, penalise, sample, truncate, uniform
+from treadle.inference.sampling import Sampling, sample, truncate, typical, uniform
 
 VOCAB = 400
 
@@ -65,13 +65,14 @@ def test_rows_keep_their_own_settings() -> None:
     torch.testing.assert_close(mixed[2:], x[2:])
 
 
-def test_repetition_penalty_matches_transformers() -> None:
+@pytest.mark.parametrize("mass", [0.2, 0.9, 0.999])
+def test_typical_matches_transformers(mass: float) -> None:
     process = pytest.importorskip("transformers.generation.logits_process")
-    x = logits(2)
-    history = torch.tensor([[3, 9, 3], [1, 2, 5]])
-    seen = torch.zeros(2, VOCAB, dtype=torch.bool).scatter(1, history, True)
-    expected = process.RepetitionPenaltyLogitsProcessor(1.3)(history, x)
-    torch.testing.assert_close(penalise(x, seen, torch.tensor([1.3, 1.3])), expected)
+    x = logits()
+    expected = process.TypicalLogitsWarper(mass)(None, x)
+    torch.testing.assert_close(typical(x, torch.full((len(x),), mass)), expected)
+    mixed = typical(x[:2], torch.tensor([mass, 1.0]))
+    torch.testing.assert_close(mixed, torch.stack([expected[0], x[1]]))
 
 
 def draws(setting: Sampling, x: torch.Tensor, count: int):
@@ -125,7 +126,15 @@ def test_uniform_numbers_are_uniform_and_independent() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": 0}, {"max_tokens": 0}, {"topp": 0.5}]
+    "bad",
+    [
+        {"typical_p": 0.0},
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"top_k": 0},
+        {"max_tokens": 0},
+        {"topp": 0.5},
+    ],
 )
 def test_absurd_settings_are_refused(bad) -> None:
     with pytest.raises(ValidationError):

@@ -149,6 +149,8 @@ class RolloutStream(Stream):
             chosen.append(problem)
             requests.append(Request(prompt, sampling, n=self.config.completions))
         self.env.model.eval()
+        # The update since the last step changed the weights: no page of before may be found.
+        self.engine.forget()
         answers = self.engine.generate(requests)
         self.env.model.train()
         return [

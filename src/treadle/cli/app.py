@@ -18,8 +18,10 @@ from treadle.cli import (
     report,
     run,
     schema,
+    serve,
     show,
     techniques,
+    trial,
     version,
 )
 from treadle.cli import eval as evaluate
@@ -32,6 +34,8 @@ COMMANDS: tuple[Command, ...] = (
     report.COMMAND,
     chat.COMMAND,
     generate.COMMAND,
+    serve.COMMAND,
+    trial.COMMAND,
     evaluate.COMMAND,
     reason.COMMAND,
     export.COMMAND,

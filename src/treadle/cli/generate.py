@@ -25,15 +25,25 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option("--stop", help="Text that ends it.")] = None,
     seed: Seed = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    json_schema: Annotated[
+        str | None, typer.Option("--json-schema", help="The text is JSON that this accepts.")
+    ] = None,
+    regex: Annotated[
+        str | None, typer.Option("--regex", help="The text matches this expression.")
+    ] = None,
     device: Device = "cpu",
 ) -> None:
     """Continue a text."""
     from treadle.cli.voice import engine_of
+    from treadle.inference.constrained import JsonSchema, Language, Regex
     from treadle.inference.request import Request
     from treadle.inference.sampling import Sampling
     from treadle.tokenizers.chat import encode_prompt
 
     text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+    language: Language | None = Regex(pattern=regex) if regex else None
+    if json_schema is not None:
+        language = JsonSchema(text=json_schema)
     sampling = Sampling(
         temperature=temperature,
         top_p=top_p,
@@ -46,7 +56,9 @@ def generate(
         tokens = encode_prompt(engine.tokenizer, [{"role": "user", "content": text}])
     else:
         tokens = engine.tokenizer.encode(text, add_special=True)
-    (completions,) = engine.generate([Request(tuple(tokens), sampling, n=n)])
+    constraint = language.build(engine.tokenizer, engine.runner.vocab) if language else None
+    request = Request(tuple(tokens), sampling, n=n, constraint=constraint)
+    (completions,) = engine.generate([request])
     for completion in completions:
         if as_json:
             row = {

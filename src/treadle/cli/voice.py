@@ -9,12 +9,12 @@ from treadle.cli.models import open_model
 
 if TYPE_CHECKING:
     from treadle.cli.talk import Message
-    from treadle.inference.engine import Engine
+    from treadle.inference.engine import Engine, EngineConfig
     from treadle.inference.request import Delta
     from treadle.inference.sampling import Sampling
 
 
-def engine_of(target: str, device: str) -> Engine:
+def engine_of(target: str, device: str, config: EngineConfig | None = None) -> Engine:
     """An engine with the model that `target` names.
 
     Raises:
@@ -23,7 +23,7 @@ def engine_of(target: str, device: str) -> Engine:
     import torch
 
     from treadle.core.errors import TreadleError
-    from treadle.inference.engine import Engine
+    from treadle.inference.engine import Engine, EngineConfig
     from treadle.tokenizers.load import tokenizer_of
 
     opened = open_model(target)
@@ -31,7 +31,7 @@ def engine_of(target: str, device: str) -> Engine:
         model = opened.model.requires_grad_(False).eval().to(torch.device(device))
     except (RuntimeError, AssertionError) as error:
         raise TreadleError(f"device `{device}` cannot be used: {error}") from None
-    return Engine(model, tokenizer_of(opened))
+    return Engine(model, tokenizer_of(opened), config or EngineConfig())
 
 
 class EngineVoice:
@@ -41,7 +41,7 @@ class EngineVoice:
         self.engine, self.sampling = engine, sampling
 
     def fits(self, messages: Sequence[Message]) -> bool:
-        context = self.engine.model.config.context
+        context = self.engine.runner.context
         reserve = min(self.sampling.max_tokens, context // 4)
         return len(self._prompt(messages)) + reserve <= context
 

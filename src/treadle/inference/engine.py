@@ -1,8 +1,7 @@
 """The one generation engine: chat, evaluation, rollouts and the server all call it.
 
-A step is schedule -> run -> sample -> postprocess. New prompts are admitted while there are
-slots, several in one flat pass without padding; then all running sequences advance by a token.
-A sequence that ends frees its slot at once, so unequal lengths cost nothing.
+A step is schedule -> run -> sample -> postprocess. The scheduler decides which tokens run, a
+runner computes them, and what ends makes room at once, so unequal lengths cost nothing.
 """
 
 from __future__ import annotations
@@ -10,17 +9,23 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
 from treadle.core.config import Config
 from treadle.core.errors import TreadleError
-from treadle.inference.cache import Decode, KVCache, Prefill
+from treadle.inference.blocks import Blocks
 from treadle.inference.detokenizer import Detokenizer
-from treadle.inference.request import Completion, Delta, Finish, Request
+from treadle.inference.penalties import adjust, forbid
+from treadle.inference.request import Completion, Delta, Request
+from treadle.inference.runner import Batch, Runner
 from treadle.inference.sampling import sample
+from treadle.inference.scheduler import QueueFullError, Scheduler
+from treadle.inference.sequence import Active
+from treadle.inference.torch_runner import TorchRunner, pages_for
 from treadle.models.decoder import DecoderModel
 from treadle.tokenizers.tokenizer import Tokenizer
 
@@ -28,24 +33,15 @@ from treadle.tokenizers.tokenizer import Tokenizer
 class EngineConfig(Config):
     """Limits of the engine."""
 
-    slots: int = 64
+    slots: int = Field(64, ge=1)
     """Sequences that run at once."""
-    prefill_tokens: int = 4096
-    """Prompt tokens computed in one pass."""
-
-
-@dataclass(eq=False)
-class Active:
-    """One completion under way."""
-
-    request: Request
-    index: int
-    """Which of the request's n."""
-    job: int
-    text: Detokenizer
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish: Finish | None = None
+    prefill_tokens: int = Field(4096, ge=1)
+    """Prompt tokens computed in one pass; longer prompts are computed in chunks."""
+    cache_tokens: int | None = Field(None, ge=1)
+    """Tokens whose keys and values are kept; None: what the slots can need, but at most a quarter
+    of the machine's memory."""
+    queue: int | None = Field(None, ge=1)
+    """Requests that may wait; None: any number."""
 
 
 class Engine:
@@ -59,48 +55,127 @@ class Engine:
         *,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.autocast = autocast
-        self.cache = KVCache(model, config.slots)
-        self.waiting: deque[tuple[int, Request]] = deque()
-        self.running: list[Active] = []
+        pages = pages_for(model, config.slots, config.cache_tokens)
+        self._open(TorchRunner(model, pages=pages, autocast=autocast), tokenizer, config)
+
+    @classmethod
+    def of_runner(
+        cls, runner: Runner, tokenizer: Tokenizer, config: EngineConfig = EngineConfig()
+    ) -> Engine:
+        """An engine over a runner that exists; its pages bound the cache."""
+        engine = cls.__new__(cls)
+        engine._open(runner, tokenizer, config)
+        return engine
+
+    def _open(self, runner: Runner, tokenizer: Tokenizer, config: EngineConfig) -> None:
+        self.runner, self.tokenizer, self.config = runner, tokenizer, config
+        self.scheduler = Scheduler(
+            Blocks(runner.pages, runner.page),
+            runner.copy,
+            slots=config.slots,
+            tokens=config.prefill_tokens,
+        )
         self.jobs = 0
+        self.prefilled = 0
+        """Prompt tokens that were really computed."""
+
+    @property
+    def running(self) -> list[Active]:
+        """Sequences that hold pages."""
+        return self.scheduler.running
+
+    @property
+    def waiting(self) -> list[Active]:
+        """Sequences that do not: new ones, one for each request, and those that were preempted."""
+        return self.scheduler.waiting
 
     def submit(self, request: Request) -> int:
         """Queue a request; its number names it in what `step` returns.
 
         Raises:
             TreadleError: an empty prompt, or one that leaves no room in the model's context.
+            QueueFullError: `EngineConfig.queue` requests wait already.
         """
-        room = self.model.config.context - len(request.prompt)
-        if not request.prompt:
+        self._check(request)
+        if self.config.queue is not None and len(self.waiting) >= self.config.queue:
+            raise QueueFullError(
+                f"{len(self.waiting)} requests wait, as many as EngineConfig.queue allows: "
+                "try again when some have ended"
+            )
+        job, self.jobs = self.jobs, self.jobs + 1
+        leader, *forks = (
+            Active(
+                request,
+                index,
+                job,
+                Detokenizer(self.tokenizer, request.sampling.stop),
+                constraint=None if request.constraint is None else request.constraint.fork(),
+            )
+            for index in range(request.n)
+        )
+        leader.forks = forks
+        self.scheduler.add(leader)
+        return job
+
+    def _check(self, request: Request) -> None:
+        length, context = len(request.prompt), self.runner.context
+        if not length:
             raise TreadleError("the prompt is empty: give at least one token")
-        if room < 1:
+        if length >= context:
             raise TreadleError(
-                f"the prompt has {len(request.prompt)} tokens, but the model's context is "
-                f"{self.model.config.context}: shorten the prompt"
+                f"the prompt has {length} tokens, but the model's context is {context}: "
+                "shorten the prompt"
             )
         if request.n > self.config.slots:
             raise TreadleError(
                 f"n={request.n} completions need as many slots, but EngineConfig.slots is "
                 f"{self.config.slots}: raise it, or ask for fewer"
             )
-        job, self.jobs = self.jobs, self.jobs + 1
-        self.waiting.append((job, request))
-        return job
+        most, room = length + self._limit(request), self.runner.pages * self.runner.page
+        if most > room:
+            raise TreadleError(
+                f"prompt and answer may take {most} tokens, but the cache holds {room}: raise "
+                "EngineConfig.cache_tokens, or lower max_tokens"
+            )
+
+    def _limit(self, request: Request) -> int:
+        return min(request.sampling.max_tokens, self.runner.context - len(request.prompt))
 
     def cancel(self, job: int) -> None:
         """End a request's completions as they are; they come out of the next `step`."""
-        self.waiting = deque(item for item in self.waiting if item[0] != job)
-        for sequence in self.running:
-            if sequence.job == job and sequence.finish is None:
-                sequence.finish = "cancelled"
+        for sequence in (*self.running, *self.waiting):
+            if sequence.job == job:
+                for member in (sequence, *sequence.forks):
+                    member.end("cancelled")
+
+    def forget(self) -> None:
+        """Drop all that was computed: to be called when the model's weights have changed.
+
+        What is under way goes on from its tokens under the new weights.
+        """
+        self.scheduler.forget()
 
     @torch.inference_mode()
     def step(self) -> list[Active]:
-        """Advance by one token and return the sequences that were touched, finished ones too."""
-        self._retire()
-        return self._admit() or self._decode()
+        """Run one pass and return the sequences that were touched, finished ones too."""
+        cancelled = self.scheduler.reap()
+        plan = self.scheduler.schedule()
+        if not plan:
+            return cancelled
+        logits = self.runner.run(_batch(plan))
+        self.prefilled += sum(count for sequence, count in plan if not sequence.tokens)
+        self.scheduler.commit(plan)
+        drawing, rows = [], []
+        ready = [sequence for sequence, _ in plan if not sequence.pending]
+        for row, sequence in enumerate(ready):
+            members = [sequence, *self.scheduler.part(sequence)]
+            drawing += members
+            rows += [row] * len(members)
+        if drawing:
+            same = len(rows) == len(ready)
+            self._sample(drawing, logits if same else logits[rows])
+        self.scheduler.reap()
+        return [*cancelled, *drawing]
 
     def generate(
         self, requests: Sequence[Request], progress: Callable[[int, int], None] | None = None
@@ -109,20 +184,23 @@ class Engine:
 
         `progress(finished, total)` is called as completions end.
         """
-        first = self.jobs
         for request in requests:
-            self.submit(request)
+            self._check(request)
+        queue = deque(enumerate(requests))
         total = sum(r.n for r in requests)
+        places: dict[int, int] = {}
         done: dict[tuple[int, int], Completion] = {}
         while len(done) < total:
+            while queue and len(self.waiting) < (self.config.queue or len(requests)):
+                place, request = queue.popleft()
+                places[self.submit(request)] = place
             before = len(done)
             for sequence in self.step():
-                if sequence.finish is not None:
-                    done[sequence.job - first, sequence.index] = _completion(sequence)
+                if sequence.finish is not None and sequence.job in places:
+                    done[places[sequence.job], sequence.index] = sequence.completion()
             if progress is not None and len(done) > before:
                 progress(len(done), total)
-        self._retire()
-        return [[done[job, i] for i in range(r.n)] for job, r in enumerate(requests)]
+        return [[done[place, i] for i in range(r.n)] for place, r in enumerate(requests)]
 
     def stream(self, request: Request) -> Iterator[Delta]:
         """The pieces of one completion as they come. Closing the iterator cancels it."""
@@ -138,117 +216,64 @@ class Engine:
                     piece = sequence.text.take(final=final)
                     if piece or final:
                         new, sent = tuple(sequence.tokens[sent:]), len(sequence.tokens)
-                        yield Delta(piece, new, _completion(sequence) if final else None)
+                        yield Delta(piece, new, sequence.completion() if final else None)
                     if final:
                         return
         finally:
             self.cancel(job)
-            self._retire()
+            self.scheduler.reap()
 
-    def _admit(self) -> list[Active]:
-        """Prefill waiting requests while there are slots and the pass has room."""
-        batch: list[tuple[int, Request]] = []
-        slots, tokens = len(self.running), 0
-        while self.waiting:
-            request = self.waiting[0][1]
-            full = slots + request.n > self.config.slots
-            if full or (batch and tokens + len(request.prompt) > self.config.prefill_tokens):
-                break
-            batch.append(self.waiting.popleft())
-            slots, tokens = slots + request.n, tokens + len(request.prompt)
-        if not batch:
-            return []
-        sources: list[int] = []
-        admitted: list[Active] = []
-        for job, request in batch:
-            sources.append(len(self.running))
-            for index in range(request.n):
-                text = Detokenizer(self.tokenizer, request.sampling.stop)
-                sequence = Active(request, index, job, text)
-                self.running.append(sequence)
-                admitted.append(sequence)
-        prompts = [request.prompt for _, request in batch]
-        context = Prefill.of(self.cache, sources, [len(p) for p in prompts])
-        flat = torch.tensor([t for p in prompts for t in p], device=self.cache.device)
-        ends = torch.tensor([len(p) for p in prompts]).cumsum(0) - 1
-        with self.autocast():
-            hidden = self.model(flat, context)[ends]
-            logits = self.model.logits(hidden)
-        for source, (_, request) in zip(sources, batch, strict=True):
-            self.cache.copy(source, list(range(source + 1, source + request.n)))
-        copies = torch.tensor([r.n for _, r in batch])
-        self._sample(admitted, logits.repeat_interleave(copies.to(logits.device), 0))
-        return admitted
-
-    def _decode(self) -> list[Active]:
-        """One token for every running sequence."""
-        if not self.running:
-            return []
-        last = torch.tensor([s.tokens[-1] for s in self.running], device=self.cache.device)
-        context = Decode.of(self.cache, len(self.running))
-        with self.autocast():
-            logits = self.model.logits(self.model(last, context))
-        self._sample(self.running, logits)
-        return list(self.running)
-
-    def _sample(self, sequences: list[Active], logits: Tensor) -> None:
+    def _sample(self, sequences: list[Active], logits: Float[Tensor, "B V"]) -> None:
+        stops = self.tokenizer.stop_ids
+        for row, sequence in zip(logits, sequences, strict=True):
+            request = sequence.request
+            adjust(row, request.sampling, request.prompt, sequence.tokens, stops)
+            if sequence.constraint is not None:
+                try:
+                    allowed = sequence.constraint.mask()
+                except TreadleError:  # it cannot be followed further: ends this text only
+                    sequence.end("cancelled")
+                    continue
+                if allowed is not None:
+                    forbid(row, allowed)
         draw = sample(
             logits,
             [s.request.sampling for s in sequences],
             streams=[s.index for s in sequences],
             steps=[len(s.tokens) for s in sequences],
-            seen=self._seen(sequences),
         )
         tokens, logprobs = draw.tokens.tolist(), draw.logprobs.tolist()
         for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True):
+            if sequence.finish is not None:
+                continue
             sequence.tokens.append(token)
             sequence.logprobs.append(logprob)
             self._postprocess(sequence, token)
+        if draw.top is not None:
+            names, values = (t.tolist() for t in draw.top)
+            for row, sequence in enumerate(sequences):
+                best = zip(names[row], values[row], strict=True)
+                sequence.top.append(tuple(best)[: sequence.request.sampling.top_logprobs])
 
     def _postprocess(self, sequence: Active, token: int) -> None:
-        limit = min(
-            sequence.request.sampling.max_tokens,
-            self.model.config.context - len(sequence.request.prompt),
-        )
         if token in self.tokenizer.stop_ids:
-            sequence.finish = "stop"
-        else:
-            sequence.text.push(token)
-            if sequence.text.stopped:
-                sequence.finish = "stop"
-            elif len(sequence.tokens) >= limit:
-                sequence.finish = "length"
-        if sequence.finish is not None:
-            sequence.text.finish()
-
-    def _seen(self, sequences: list[Active]) -> Tensor | None:
-        """Tokens of prompt and completion, where a repetition penalty asks for them."""
-        if all(s.request.sampling.repetition_penalty == 1.0 for s in sequences):
-            return None
-        seen = torch.zeros(len(sequences), self.model.config.vocab, dtype=torch.bool)
-        for row, sequence in enumerate(sequences):
-            seen[row, list(sequence.request.prompt) + sequence.tokens] = True
-        return seen.to(self.cache.device)
-
-    @torch.inference_mode()
-    def _retire(self) -> None:
-        """Free the slots of finished sequences; the last sequences move down into the gaps."""
-        row = 0
-        while row < len(self.running):
-            if self.running[row].finish is None:
-                row += 1
-                continue
-            last = self.running.pop()
-            if row < len(self.running):
-                self.running[row] = last
-                self.cache.copy(len(self.running), [row])
+            sequence.end("stop")
+            return
+        sequence.text.push(token)
+        if sequence.constraint is not None:
+            sequence.constraint.advance(token)
+        if sequence.text.stopped:
+            sequence.end("stop")
+        elif len(sequence.tokens) >= self._limit(sequence.request):
+            sequence.end("length")
 
 
-def _completion(sequence: Active) -> Completion:
-    assert sequence.finish is not None
-    return Completion(
-        tokens=tuple(sequence.tokens),
-        text=sequence.text.text,
-        logprobs=tuple(sequence.logprobs),
-        finish=sequence.finish,
+def _batch(plan: list[tuple[Active, int]]) -> Batch:
+    """The tokens of a pass; logits only where a sequence's last known token is among them."""
+    return Batch(
+        tokens=[t for s, n in plan for t in s.slice(s.computed, s.computed + n)],
+        counts=[n for _, n in plan],
+        starts=[s.computed for s, _ in plan],
+        tables=[s.table for s, _ in plan],
+        outputs=[int(n == s.pending) for s, n in plan],
     )

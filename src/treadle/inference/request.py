@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from treadle.inference.constraint import Constraint
 from treadle.inference.sampling import Sampling
 
 Finish = Literal["stop", "length", "cancelled"]
@@ -18,6 +19,10 @@ class Request:
     prompt: tuple[int, ...]
     sampling: Sampling
     n: int = 1
+    priority: int = 0
+    """Higher goes first and is preempted last."""
+    constraint: Constraint | None = None
+    """Forked for each completion; the request's own is never advanced."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,10 @@ class Completion:
     """Of each sampled token under the model at the request's temperature (at 1 where greedy),
     before truncation by top-k, top-p or min-p."""
     finish: Finish
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    """For each token the likeliest tokens and their log-probabilities, if they were asked for."""
+    cached_tokens: int = 0
+    """Tokens of the prompt that did not have to be computed."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,9 @@
     top-k    the k likeliest                                  Fan et al. 2018
     top-p    the likeliest whose mass reaches p               Holtzman et al. 2020
     min-p    those with p_i >= min_p * max p                  Nguyen et al. 2024
-    repetition penalty: z_i / r if z_i > 0 else z_i r for tokens already seen (Keskar et al. 2019)
+    typical  those whose surprise is nearest the entropy, up to mass p   Meister et al. 2023
+
+Penalties, biases and masks change the logits before this: see `penalties.py`.
 
 Each request draws from its own counter-based random numbers, so its text does not depend on what
 else is in the batch. One uniform number picks a token through the cumulative distribution.
@@ -17,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
@@ -26,9 +28,10 @@ from treadle.core.config import Config
 
 CARD = Card(
     id="inf.sampling",
-    paper="Holtzman et al. 2020, arXiv:1904.09751; Nguyen et al. 2024, min-p, arXiv:2407.01082",
-    summary="Greedy, temperature, top-k, top-p, min-p and repetition penalty, seeded per request.",
-    recipe="treadle chat smollm2-135m-instruct",
+    paper="Holtzman et al. 2020, arXiv:1904.09751; Meister et al. 2023, arXiv:2202.00666; "
+    "Nguyen et al. 2024, arXiv:2407.01082",
+    summary="Greedy, temperature, top-k, top-p, min-p, typical, penalties, biases, seeded.",
+    recipe="treadle chat smollm2-135m-instruct --temperature 0.7 --top-p 0.9",
     oracle="tests/inference/test_inference_sampling.py::test_truncation_matches_transformers",
 )
 
@@ -41,7 +44,19 @@ class Sampling(Config):
     top_k: int | None = Field(None, ge=1)
     top_p: float = Field(1.0, gt=0.0, le=1.0)
     min_p: float = Field(0.0, ge=0.0, le=1.0)
+    typical_p: float = Field(1.0, gt=0.0, le=1.0)
     repetition_penalty: float = Field(1.0, gt=0.0)
+    """Divides positive logits of tokens in prompt and answer, multiplies negative ones."""
+    frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
+    """Taken from a token's logit for each time that the answer has it."""
+    presence_penalty: float = Field(0.0, ge=-2.0, le=2.0)
+    """Taken from a token's logit if the answer has it."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Added to the logits of some tokens."""
+    min_tokens: int = Field(0, ge=0)
+    """Tokens before the model may end the text."""
+    top_logprobs: int = Field(0, ge=0, le=100)
+    """How many of the likeliest tokens to report at each step."""
     max_tokens: int = Field(256, ge=1)
     stop: tuple[str, ...] = ()
     """Strings that end the text; they are not part of it."""
@@ -49,7 +64,8 @@ class Sampling(Config):
 
     @property
     def truncates(self) -> bool:
-        return self.top_k is not None or self.top_p < 1.0 or self.min_p > 0.0
+        limits = min(self.top_p, self.typical_p)
+        return self.top_k is not None or limits < 1.0 or self.min_p > 0.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,8 @@ class Draw:
 
     tokens: Int[Tensor, " B"]
     logprobs: Float[Tensor, " B"]
+    top: tuple[Int[Tensor, "B K"], Float[Tensor, "B K"]] | None = None
+    """The likeliest tokens and their log-probabilities, if a row asks for them."""
 
 
 def uniform(*words: Sequence[int]) -> Float[np.ndarray, " B"]:
@@ -72,14 +90,6 @@ def uniform(*words: Sequence[int]) -> Float[np.ndarray, " B"]:
             z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             z = z ^ (z >> np.uint64(31))
     return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def penalise(
-    logits: Float[Tensor, "B V"], seen: Bool[Tensor, "B V"], penalty: Float[Tensor, " B"]
-) -> Float[Tensor, "B V"]:
-    """Repetition penalty on the tokens that each row has seen."""
-    r = penalty[:, None]
-    return torch.where(seen, torch.where(logits > 0, logits / r, logits * r), logits)
 
 
 CANDIDATES = 256
@@ -116,13 +126,26 @@ def truncate(
     return torch.where((logits >= last) | unbounded[:, None], logits, float("-inf"))
 
 
+def typical(logits: Float[Tensor, "B V"], mass: Float[Tensor, " B"]) -> Float[Tensor, "B V"]:
+    """Logits with the atypical tokens at -inf: those whose surprise -log p is far from the entropy.
+
+    Kept are the most typical ones until their mass reaches `mass`.
+    """
+    logp = logits.log_softmax(-1)
+    p = logp.exp()
+    entropy = -(p * logp.masked_fill(p == 0, 0.0)).sum(-1, keepdim=True)
+    order = (-logp - entropy).abs().argsort(-1)
+    ordered = p.gather(-1, order)
+    out = (ordered.cumsum(-1) - ordered >= mass[:, None]) & (mass < 1)[:, None]
+    return logits.masked_fill(out.scatter(-1, order, out), float("-inf"))
+
+
 def sample(
     logits: Float[Tensor, "B V"],
     samplings: Sequence[Sampling],
     *,
     streams: Sequence[int],
     steps: Sequence[int],
-    seen: Bool[Tensor, "B V"] | None = None,
 ) -> Draw:
     """Draw a token for each row.
 
@@ -135,8 +158,6 @@ def sample(
     def column(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, device=device)
 
-    if seen is not None:
-        logits = penalise(logits, seen, column([s.repetition_penalty for s in samplings]))
     temperature = column([s.temperature for s in samplings])
     greedy = temperature == 0
     if bool((temperature != 1).any()):
@@ -152,10 +173,16 @@ def sample(
                 column([s.top_p for s in samplings]),
                 column([s.min_p for s in samplings]),
             )
+            if any(s.typical_p < 1.0 for s in samplings):
+                kept = typical(kept, column([s.typical_p for s in samplings]))
         cumulative = (kept - kept.amax(-1, keepdim=True)).exp().cumsum(-1)
         u = torch.from_numpy(uniform([s.seed for s in samplings], streams, steps))
         target = u.to(device, torch.float32)[:, None] * cumulative[:, -1:]
         drawn = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=vocab - 1)
         tokens = torch.where(greedy, tokens, drawn)
     logprobs = logits.gather(-1, tokens[:, None])[:, 0] - normaliser[:, 0]
-    return Draw(tokens, logprobs)
+    wanted = max(s.top_logprobs for s in samplings)
+    if not wanted:
+        return Draw(tokens, logprobs)
+    best = logits.topk(min(wanted, vocab), -1)
+    return Draw(tokens, logprobs, (best.indices, best.values - normaliser))

@@ -1,0 +1,144 @@
+"""`treadle serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from treadle.cli.chat import Device
+from treadle.cli.command import Command
+
+if TYPE_CHECKING:
+    from treadle.serving.pool import Offer
+
+
+def serve(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[NAME=]MODEL...", help="Runs, models, hub ids or files; the first is loaded."
+        ),
+    ],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FOLDER", help="An adapter on the first model; repeatable."),
+    ] = None,
+    trial: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=A:B", help="An A/B test of two models; see `treadle trial`."),
+    ] = None,
+    trial_log: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Votes and figures of trials go here.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="0.0.0.0 for the whole network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    key: Annotated[
+        list[str] | None,
+        typer.Option(envvar="TREADLE_API_KEYS", help="An API key that clients must send."),
+    ] = None,
+    slots: Annotated[int, typer.Option(min=1, help="Completions computed together.")] = 64,
+    requests: Annotated[
+        int, typer.Option(min=1, help="Requests a model has in hand; more get a 429.")
+    ] = 256,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Longest time for an answer.")] = 600.0,
+    idle: Annotated[
+        float, typer.Option(min=0.1, help="Seconds until an unused model is unloaded.")
+    ] = 900.0,
+    memory: Annotated[
+        float | None, typer.Option(min=0.001, help="GB of weights that may be loaded at once.")
+    ] = None,
+    drain: Annotated[
+        float, typer.Option(min=0.0, help="Seconds to finish answers after SIGTERM.")
+    ] = 30.0,
+    device: Device = "cpu",
+) -> None:
+    """Answer the OpenAI protocol, and show a chat page."""
+    _need_extra()
+    import asyncio
+
+    from treadle.serving.app import build
+    from treadle.serving.config import Limits, Serve
+    from treadle.serving.run import listen
+    from treadle.serving.run import serve as serve_app
+    from treadle.serving.trial import parse_trial
+
+    config = Serve(
+        host=host,
+        port=port,
+        keys=tuple(key or ()),
+        limits=Limits(requests=requests, seconds=seconds),
+        idle_seconds=idle,
+        memory_bytes=None if memory is None else int(memory * 1e9),
+        drain_seconds=drain,
+    )
+    offers = offers_of(models, adapter or [], device, slots)
+    trials = [parse_trial(text) for text in trial or ()]
+    app = build(offers, config, trials=trials, trial_log=trial_log)
+    listener = listen(config)
+    shown = host if ":" not in host else f"[{host}]"
+    url = f"http://{shown}:{listener.getsockname()[1]}"
+
+    async def run() -> None:
+        async with app.service.pool.use(offers[0].name):
+            pass  # a mistake in its name is told here and now
+        await serve_app(app, listener, lambda: _say(url, app.service.names))
+
+    asyncio.run(run())
+
+
+def offers_of(models: list[str], adapters: list[str], device: str, slots: int) -> list[Offer]:
+    """What the arguments name.
+
+    Raises:
+        TreadleError: an adapter is not written NAME=FOLDER.
+    """
+    from functools import partial
+
+    from treadle.cli.voice import engine_of
+    from treadle.core.errors import TreadleError
+    from treadle.inference.engine import EngineConfig
+    from treadle.serving.pool import Adapted, Base
+
+    offers: list[Offer] = []
+    limits = EngineConfig(slots=slots)
+    for text in models:
+        name, equals, target = text.partition("=")
+        if not equals:
+            name, target = (Path(text).name if Path(text).exists() else text), text
+        offers.append(Base(name, partial(engine_of, target, device, limits)))
+    for text in adapters:
+        name, equals, folder = text.partition("=")
+        if not (name and folder):
+            raise TreadleError(f"--adapter {text}: write it NAME=FOLDER")
+        offers.append(Adapted(name, offers[0].name, folder))
+    return offers
+
+
+def _say(url: str, names: list[str]) -> None:
+    typer.echo(f"{url} answers for {', '.join(names)}; the chat page is there too")
+
+
+def _need_extra() -> None:
+    from importlib.util import find_spec
+
+    from treadle.core.errors import TreadleError
+
+    for module in ("fastapi", "uvicorn", "prometheus_client"):
+        if find_spec(module) is None:
+            raise TreadleError(
+                f"the server needs `{module}`, which is not installed: pip install 'treadle[serve]'"
+            )
+
+
+COMMAND = Command(
+    name="serve",
+    run=serve,
+    examples=(
+        "treadle serve smollm2-135m-instruct",
+        "treadle serve runs/quickstart small=smollm2-135m-instruct --port 9000",
+        "treadle serve smollm2-135m-instruct --adapter polite=adapters/polite",
+        "treadle serve new=runs/a old=runs/b --trial duel=new:old --trial-log votes.jsonl",
+    ),
+)

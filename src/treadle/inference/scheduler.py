@@ -1,0 +1,161 @@
+"""Which tokens run in the next pass: continuous batching with chunked prefill and preemption.
+
+Sequences join and leave between passes. All that decode advance by a token; what the token budget
+leaves goes to prompts, of which a long one is computed in chunks. Where pages run out the last in
+rank gives up its pages and is computed again later; as its sampling depends on its own seed and
+step alone, its text is the same as if it had never been disturbed.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Callable
+
+from treadle.core.cards import Card
+from treadle.core.errors import TreadleError
+from treadle.inference.blocks import Blocks
+from treadle.inference.sequence import Active
+
+CARD = Card(
+    id="inf.continuous",
+    paper="Yu et al. 2022, Orca; Agrawal et al. 2023, SARATHI, arXiv:2308.16369",
+    summary="Requests join and leave between tokens; long prompts run in chunks; preemption.",
+    recipe="treadle eval smollm2-135m-instruct gsm8k --limit 8",
+    oracle="tests/inference/test_inference_continuous.py::test_random_traffic",
+)
+
+
+class QueueFullError(TreadleError):
+    """As many requests wait as the engine lets wait: try again later."""
+
+
+class Scheduler:
+    """Sequences that wait and sequences that run, over one set of pages."""
+
+    def __init__(
+        self, blocks: Blocks, copy: Callable[[int, int], None], *, slots: int, tokens: int
+    ) -> None:
+        self.blocks, self.copy = blocks, copy
+        self.slots, self.tokens = slots, tokens
+        self.waiting: list[Active] = []
+        self.running: list[Active] = []
+        self.preemptions = 0
+
+    def add(self, sequence: Active) -> None:
+        insort(self.waiting, sequence, key=lambda s: s.rank)
+
+    def schedule(self) -> list[tuple[Active, int]]:
+        """Sequences of the next pass with how many of their pending tokens run."""
+        budget, before = self.tokens, self.preemptions
+        plan: list[tuple[Active, int]] = []
+        for sequence in sorted(self.running, key=lambda s: s.rank):
+            prefill = sequence.pending > 1
+            count = min(sequence.pending, budget) if prefill else 1
+            if count and self._make_room(sequence, count):
+                plan.append((sequence, count))
+                budget -= count if prefill else 0
+        while self.waiting and budget and self.preemptions == before:
+            sequence = self.waiting[0]
+            if not self._admit(sequence, budget):
+                break
+            count = min(sequence.pending, budget)
+            if not self._make_room(sequence, count):
+                break
+            plan.append((sequence, count))
+            budget -= count
+        return plan
+
+    def commit(self, plan: list[tuple[Active, int]]) -> None:
+        """The pass has run: pages that became full can be found by others."""
+        page = self.blocks.page
+        for sequence, count in plan:
+            sequence.computed += count
+            if sequence.computed // page > len(sequence.keys):
+                known = sequence.slice(0, sequence.computed)
+                for key in self.blocks.chain(known, sequence.keys):
+                    self.blocks.name(sequence.table[len(sequence.keys)], key)
+                    sequence.keys.append(key)
+
+    def part(self, sequence: Active) -> list[Active]:
+        """The prompt is computed: the request's other completions share it from here on."""
+        forks, sequence.forks = sequence.forks, []
+        for fork in forks:
+            self.blocks.hold(sequence.table)
+            fork.table, fork.keys = list(sequence.table), list(sequence.keys)
+            fork.computed, fork.cached = sequence.computed, sequence.cached
+        self.running += forks
+        return forks
+
+    def reap(self) -> list[Active]:
+        """Take out what is finished and free its pages."""
+        gone = [s for s in self.running if s.finish is not None]
+        for sequence in gone:
+            self._drop(sequence)
+        if gone:
+            self.running = [s for s in self.running if s.finish is None]
+        lost = [s for s in self.waiting if s.finish is not None]
+        if lost:
+            self.waiting = [s for s in self.waiting if s.finish is None]
+        return [s for leader in (*gone, *lost) for s in (leader, *leader.forks)]
+
+    def forget(self) -> None:
+        """Nothing computed so far counts: what runs starts again from its tokens."""
+        for sequence in list(self.running):
+            self._preempt(sequence)
+        self.blocks.forget()
+
+    def _admit(self, sequence: Active, budget: int) -> bool:
+        """Move the first that waits to those that run, if there is room for all of it."""
+        busy = sum(1 + len(s.forks) for s in self.running)
+        if busy + 1 + len(sequence.forks) > self.slots:
+            return False
+        known = sequence.slice(0, sequence.length)
+        found = self.blocks.find(known)
+        rest = len(known) - len(found) * self.blocks.page
+        # A prompt that the next pass can take whole is not cut in two by this one.
+        if budget < rest <= self.tokens:
+            return False
+        self.blocks.hold(found)
+        missing = -(-len(known) // self.blocks.page) - len(found)
+        # A page to spare, lest the first token that others draw throws this one out again.
+        if missing + bool(self.running) > self.blocks.available:
+            self.blocks.release(found)
+            return False
+        sequence.table, sequence.computed = found, len(found) * self.blocks.page
+        sequence.keys = [self.blocks.keys[page] for page in found]
+        sequence.cached = min(sequence.computed, len(sequence.request.prompt))
+        self.running.append(self.waiting.pop(0))
+        return True
+
+    def _make_room(self, sequence: Active, count: int) -> bool:
+        """Pages for the next tokens, if need be from those last in rank; False if it is the last
+        itself and was preempted, or had been before."""
+        if sequence not in self.running:
+            return False
+        page, table = self.blocks.page, sequence.table
+        first = sequence.computed // page
+        copy = first < len(table) and self.blocks.shared(table[first])
+        missing = -(-(sequence.computed + count) // page) - len(table)
+        while self.blocks.available < missing + copy:
+            last = max(self.running, key=lambda s: s.rank)
+            self._preempt(last)
+            if last is sequence:
+                return False
+            copy = copy and self.blocks.shared(table[first])
+        if copy:
+            own = self.blocks.take()
+            self.copy(table[first], own)
+            self.blocks.release([table[first]])
+            table[first] = own
+        table += [self.blocks.take() for _ in range(missing)]
+        return True
+
+    def _preempt(self, sequence: Active) -> None:
+        self.preemptions += 1
+        self._drop(sequence)
+        self.running.remove(sequence)
+        self.add(sequence)
+
+    def _drop(self, sequence: Active) -> None:
+        self.blocks.release(sequence.table)
+        sequence.table, sequence.keys, sequence.computed = [], [], 0

@@ -1,0 +1,192 @@
+"""A runner in plain torch: any decoder, its adapters, quantised layers and autocast included.
+
+One pass has three kinds of sequences, each attended in the way that is cheapest for it:
+
+    fresh      new prompts, within themselves, as a packed training batch
+    extended   several tokens after a cached beginning, on keys gathered from pages
+    decoding   one token each, on contiguous rows that follow the pages
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
+
+import psutil
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from treadle.core.cards import Card
+from treadle.inference.paged import Decoding, Extended, Pass, Shapes
+from treadle.inference.pages import Pages
+from treadle.inference.rows import Rows
+from treadle.inference.runner import Batch, Runner
+from treadle.models.decoder import DecoderModel
+from treadle.nn.context import Packed
+from treadle.nn.layout import Layout
+from treadle.nn.mixers.attention import AttentionLayer
+
+CARD = Card(
+    id="inf.kv_cache",
+    paper="Pope et al. 2022, arXiv:2211.05102; Kwon et al. 2023, PagedAttention, arXiv:2309.06180",
+    summary="Paged key-value cache; decoding reads contiguous rows, rings where layers slide.",
+    recipe="treadle chat smollm2-135m-instruct",
+    oracle="tests/inference/test_inference_cache.py::test_cached_equals_uncached",
+)
+
+
+class TorchRunner(Runner):
+    """A decoder with `pages` pages of `page` tokens."""
+
+    def __init__(
+        self,
+        model: DecoderModel,
+        *,
+        pages: int,
+        page: int = 16,
+        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        self.model, self.autocast = model, autocast
+        self.page, self.pages = page, pages
+        self.vocab, self.context = model.config.vocab, model.config.context
+        self.device = model.embedding.weight.device
+        self.store = Pages(page, pages, self.device)
+        self.rows = Rows(page)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> Float[Tensor, "N V"]:
+        fresh = [i for i, start in enumerate(batch.starts) if start == 0]
+        later = [i for i, start in enumerate(batch.starts) if start > 0]
+        extended = [i for i in later if batch.counts[i] > 1]
+        decoding = [i for i in later if batch.counts[i] == 1]
+        self._announce(batch, fresh + extended, decoding)
+        if decoding:
+            rows = self.rows.assign(
+                [batch.tables[i] for i in decoding], [batch.starts[i] for i in decoding]
+            )
+            decoding = [decoding[j] for j in rows]
+        order = fresh + extended + decoding
+        firsts = list(accumulate(batch.counts, initial=0))
+        tokens = [t for i in order for t in batch.tokens[firsts[i] : firsts[i + 1]]]
+        counts = torch.tensor([batch.counts[i] for i in order])
+        starts = torch.tensor([batch.starts[i] for i in order])
+        ends = counts.cumsum(0)
+        positions = torch.arange(len(tokens)) + (starts - ends + counts).repeat_interleave(counts)
+        longest = int(positions.max()) + 1
+        places = self._places(batch, order, counts, positions)
+        context = Pass(positions.to(self.device), longest, self.store, places.to(self.device))
+        if fresh:
+            layout = Layout(tuple(batch.counts[i] for i in fresh))
+            context.add(Packed.of(layout, self.device), layout.tokens)
+        if extended:
+            part = self._extended(batch, extended)
+            context.add(part, len(part.positions))
+        if decoding:
+            context.add(self._decoding(batch, decoding), len(decoding))
+        with self.autocast():
+            hidden = self.model(torch.tensor(tokens, device=self.device), context)
+            wanted = self._wanted(batch, order, ends.tolist())
+            return self.model.logits(hidden[wanted]).float()
+
+    def _announce(self, batch: Batch, runs: list[int], decoding: list[int]) -> None:
+        """Make room for the pages that are written, and forget the rows that hold old contents."""
+        changed: set[int] = set()
+        for i in runs:
+            first, last = batch.starts[i], batch.starts[i] + batch.counts[i] - 1
+            changed.update(batch.tables[i][first // self.page : last // self.page + 1])
+        for i in decoding:
+            at, offset = divmod(batch.starts[i], self.page)
+            if offset == 0:
+                changed.add(batch.tables[i][at])
+        if changed:
+            self.store.reserve(max(changed))
+            self.rows.forget(changed)
+
+    def _places(
+        self, batch: Batch, order: list[int], counts: Tensor, positions: Tensor
+    ) -> Int[Tensor, " N"]:
+        """Where in the page store each token goes."""
+        width = max(len(batch.tables[i]) for i in order)
+        tables = torch.tensor(
+            [batch.tables[i] + [0] * (width - len(batch.tables[i])) for i in order]
+        )
+        owner = torch.arange(len(order)).repeat_interleave(counts)
+        return tables[owner, positions // self.page] * self.page + positions % self.page
+
+    def _wanted(self, batch: Batch, order: list[int], ends: list[int]) -> Int[Tensor, " M"]:
+        """Flat indices of the tokens whose logits are asked for, in the batch's own order."""
+        end = dict(zip(order, ends, strict=True))
+        wanted = [t for i, count in enumerate(batch.outputs) for t in range(end[i] - count, end[i])]
+        return torch.tensor(wanted, dtype=torch.long, device=self.device)
+
+    def _extended(self, batch: Batch, members: list[int]) -> Extended:
+        starts = [batch.starts[i] for i in members]
+        counts = [batch.counts[i] for i in members]
+        tables = [torch.tensor(batch.tables[i]) for i in members]
+        positions = torch.cat(
+            [torch.arange(s, s + n) for s, n in zip(starts, counts, strict=True)]
+        ).to(self.device)
+        longest = int(positions.max()) + 1
+        return Extended(positions, longest, self.store, starts, counts, tables)
+
+    def _decoding(self, batch: Batch, members: list[int]) -> Decoding:
+        """The rows' new tokens, and the older ones that rows have yet to take over from pages."""
+        rows, old, places = [], [], []
+        for row, i in enumerate(members):
+            table, start = batch.tables[i], batch.starts[i]
+            held = self.rows.grow(row, table, start + 1)
+            if held < start:
+                missing = torch.arange(held, start)
+                rows.append(torch.full_like(missing, row))
+                old.append(missing)
+                pages = torch.tensor(table)[missing // self.page]
+                places.append(pages * self.page + missing % self.page)
+        positions = torch.tensor([batch.starts[i] for i in members])
+        longest = int(positions.max()) + 1
+        self.rows.reserve(longest)
+        behind = None
+        if rows:
+            behind = (
+                torch.cat(rows).to(self.device),
+                torch.cat(old).to(self.device),
+                torch.cat(places).to(self.device),
+            )
+        return Decoding(positions.to(self.device), longest, self.store, self.rows, behind)
+
+    def copy(self, source: int, target: int) -> None:
+        self.store.copy(source, target)
+        self.rows.forget({target})
+
+    def save(self, page: int) -> Tensor:
+        return self.store.save(page)
+
+    def load(self, page: int, content: Tensor) -> None:
+        if not self.store.keys:
+            self._learn_shapes()
+        self.store.load(page, content)
+        self.rows.forget({page})
+
+    @torch.inference_mode()
+    def _learn_shapes(self) -> None:
+        """One token shows what the layers' keys and values look like."""
+        self.store.reserve(0)
+        shapes = Shapes(torch.zeros(1, dtype=torch.long, device=self.device), 1, self.store)
+        with self.autocast():
+            self.model(torch.zeros(1, dtype=torch.long, device=self.device), shapes)
+
+
+def pages_for(model: DecoderModel, slots: int, tokens: int | None, page: int = 16) -> int:
+    """Pages for `tokens`; None: for full contexts in all slots, in a quarter of the memory."""
+    if tokens is not None:
+        return -(-tokens // page)
+    layers = [m for m in model.modules() if isinstance(m, AttentionLayer)]
+    size = 8 * sum(m.kv_heads * m.head_dim for m in layers)
+    device = model.embedding.weight.device
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = psutil.virtual_memory().total
+    one = -(-model.config.context // page)
+    return max(one, min(slots * one, memory // 4 // (page * max(1, size))))

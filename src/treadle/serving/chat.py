@@ -1,0 +1,171 @@
+"""`POST /v1/chat/completions`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+from uuid import uuid4
+
+from fastapi import APIRouter
+from starlette.requests import Request as Http
+from starlette.responses import Response
+
+from treadle.inference.constrained import JsonSchema
+from treadle.inference.engine import Engine
+from treadle.inference.request import Request
+from treadle.serving.errors import reply
+from treadle.serving.logprobs import chat_logprobs
+from treadle.serving.parse import Call, Content, OutputParser, Part, Reasoning
+from treadle.serving.prompt import ChatPrompt, call_schema, chat_prompt
+from treadle.serving.protocol import ChatBody
+from treadle.serving.sampling import request_of
+from treadle.serving.service import Service, Session, pieces
+from treadle.serving.stream import DONE, event, streamed, unless_gone
+from treadle.serving.worker import Piece
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/v1/chat/completions")
+    async def chat_completions(body: ChatBody, http: Http) -> Response:
+        answer = ChatAnswer(service, body)
+        if body.stream:
+            return await streamed(http, answer.events(), stall=service.config.limits.stall_seconds)
+        return reply(await unless_gone(http, answer.whole()))
+
+    return router
+
+
+class Choice:
+    """One completion, as it is told apart into the fields of a message."""
+
+    def __init__(self, parser: OutputParser) -> None:
+        self.parser = parser
+        self.calls = 0
+        self.finish: str | None = None
+
+    def parts(self, piece: Piece) -> list[Part]:
+        parts = self.parser.feed(piece.text, final=piece.finish is not None)
+        self.calls += sum(isinstance(part, Call) for part in parts)
+        if piece.finish is not None:
+            self.finish = "tool_calls" if self.calls and piece.finish == "stop" else piece.finish
+        return parts
+
+
+class ChatAnswer:
+    """An answer, whole or in pieces."""
+
+    def __init__(self, service: Service, body: ChatBody) -> None:
+        self.service, self.body = service, body
+        self.prompt = ChatPrompt("")
+
+    def session(self) -> AbstractAsyncContextManager[Session]:
+        body = self.body
+        return self.service.session("chatcmpl", body.model, self._prepare, user=body.user)
+
+    def _prepare(self, engine: Engine) -> Request:
+        body = self.body
+        self.prompt = chat_prompt(engine.tokenizer, body)
+        forced = self.prompt.forced
+        return request_of(
+            body,
+            engine.tokenizer.encode(self.prompt.text),
+            engine,
+            self.service.config.limits,
+            max_tokens=body.max_completion_tokens or body.max_tokens,
+            top_logprobs=body.top_logprobs if body.logprobs else None,
+            language=JsonSchema(text=json.dumps(call_schema(forced))) if forced else None,
+        )
+
+    async def whole(self) -> dict[str, Any]:
+        async with self.session() as session:
+            n = session.ticket.request.n
+            choices = [Choice(self.prompt.parser()) for _ in range(n)]
+            parts: list[list[Part]] = [[] for _ in range(n)]
+            logprobs: list[list[dict[str, Any]]] = [[] for _ in range(n)]
+            async for _, piece in pieces(session):
+                parts[piece.index] += choices[piece.index].parts(piece)
+                if self.body.logprobs:
+                    logprobs[piece.index] += chat_logprobs(session.engine.tokenizer, piece)
+            return {
+                "id": session.id,
+                "object": "chat.completion",
+                "created": session.created,
+                "model": session.model,
+                "choices": [
+                    {
+                        "index": index,
+                        "message": _message(parts[index]),
+                        "logprobs": {"content": logprobs[index]} if self.body.logprobs else None,
+                        "finish_reason": choice.finish,
+                    }
+                    for index, choice in enumerate(choices)
+                ],
+                "usage": session.usage,
+            }
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        options = self.body.stream_options
+        with_usage = options is not None and bool(options.include_usage)
+        async with self.session() as session:
+            choices = [Choice(self.prompt.parser()) for _ in range(session.ticket.request.n)]
+            head = {
+                "id": session.id,
+                "object": "chat.completion.chunk",
+                "created": session.created,
+                "model": session.model,
+            }
+            tail = {"usage": None} if with_usage else {}
+            greeted: set[int] = set()
+            async for _, piece in pieces(session):
+                choice = choices[piece.index]
+                deltas = [_delta(part, choice) for part in choice.parts(piece)]
+                if piece.index not in greeted:
+                    greeted.add(piece.index)
+                    deltas = [{"role": "assistant", "content": ""}, *deltas]
+                if self.body.logprobs and piece.tokens and len(deltas) < 2:
+                    deltas.append({})  # tokens whose text is held back are told all the same
+                for number, delta in enumerate(deltas, 1):
+                    one: dict[str, Any] = {"index": piece.index, "delta": delta}
+                    one |= {"logprobs": None, "finish_reason": None}
+                    if self.body.logprobs and number == len(deltas):
+                        content = chat_logprobs(session.engine.tokenizer, piece)
+                        one["logprobs"] = {"content": content}
+                    yield event({**head, "choices": [one], **tail})
+                if choice.finish is not None:
+                    one = {"index": piece.index, "delta": {}, "logprobs": None}
+                    one["finish_reason"] = choice.finish
+                    yield event({**head, "choices": [one], **tail})
+            if with_usage:
+                yield event({**head, "choices": [], "usage": session.usage})
+        yield DONE
+
+
+def _message(parts: list[Part]) -> dict[str, Any]:
+    content = "".join(p.text for p in parts if isinstance(p, Content))
+    reasoning = "".join(p.text for p in parts if isinstance(p, Reasoning))
+    calls = [_call(part) for part in parts if isinstance(part, Call)]
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    if calls:
+        message |= {"content": content.strip() or None, "tool_calls": calls}
+    return message
+
+
+def _delta(part: Part, choice: Choice) -> dict[str, Any]:
+    match part:
+        case Content(text):
+            return {"content": text}
+        case Reasoning(text):
+            return {"reasoning_content": text}
+        case Call():
+            return {"tool_calls": [{"index": choice.calls - 1, **_call(part)}]}
+
+
+def _call(call: Call) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{uuid4().hex[:24]}", "type": "function", "function": function}

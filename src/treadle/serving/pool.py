@@ -1,0 +1,215 @@
+"""Several models behind one port: loaded when first asked for, unloaded when idle or in the way."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from itertools import chain
+
+from torch import Tensor
+
+from treadle.core.errors import TreadleError, did_you_mean
+from treadle.inference.engine import Engine
+from treadle.inference.torch_runner import TorchRunner
+from treadle.models.decoder import DecoderModel
+from treadle.peft.files import load_adapter
+from treadle.serving.config import Serve
+from treadle.serving.errors import ApiError, unavailable, unknown_model
+from treadle.serving.metrics import Metrics
+from treadle.serving.worker import Worker
+
+OpenEngine = Callable[[], Engine]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model with weights of its own."""
+
+    name: str
+    open: OpenEngine
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """An adapter's folder on the weights of a base."""
+
+    name: str
+    base: str
+    folder: str
+
+
+Offer = Base | Adapted
+
+
+@dataclass(eq=False)
+class _Entry:
+    offer: Offer
+    worker: Worker | None = None
+    loading: asyncio.Task[Worker] | None = None
+    users: int = 0
+    used: float = 0.0
+
+    @property
+    def idle(self) -> bool:
+        return self.worker is not None and self.users == 0
+
+
+class Pool:
+    """Engines by the name that clients ask for."""
+
+    def __init__(self, offers: Sequence[Offer], config: Serve, metrics: Metrics) -> None:
+        self.config, self.metrics = config, metrics
+        self._entries: dict[str, _Entry] = {}
+        for offer in offers:
+            if offer.name in self._entries:
+                raise TreadleError(f"two models are called `{offer.name}`; name one NAME=MODEL")
+            self._entries[offer.name] = _Entry(offer)
+        for offer in offers:
+            if isinstance(offer, Adapted) and offer.base not in self._entries:
+                hint = did_you_mean(offer.base, self._entries)
+                raise TreadleError(f"adapter `{offer.name}`: no model `{offer.base}`{hint}")
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def offer(self, name: str) -> Offer:
+        """
+        Raises:
+            ApiError: there is no such model.
+        """
+        return self._entry(name).offer
+
+    def workers(self) -> dict[str, Worker]:
+        """The models that are loaded now."""
+        return {n: e.worker for n, e in self._entries.items() if e.worker is not None}
+
+    @asynccontextmanager
+    async def use(self, name: str) -> AsyncIterator[Worker]:
+        """A model's worker, loaded if need be, kept until the context is left.
+
+        Raises:
+            ApiError: there is no such model, or it cannot be loaded.
+        """
+        entry = self._entry(name)
+        entry.users += 1
+        try:
+            yield await self._worker(entry)
+        finally:
+            entry.users -= 1
+            entry.used = time.monotonic()
+
+    def unload_idle(self) -> None:
+        """Unload what nobody has used for `idle_seconds`."""
+        now = time.monotonic()
+        for entry in self._entries.values():
+            if entry.idle and now - entry.used >= self.config.idle_seconds:
+                self._unload(entry)
+
+    def close(self) -> None:
+        """Unload everything; requests under way are told."""
+        for entry in self._entries.values():
+            self._unload(entry)
+
+    def _entry(self, name: str) -> _Entry:
+        if name not in self._entries:
+            raise unknown_model(name, self.names)
+        return self._entries[name]
+
+    async def _worker(self, entry: _Entry) -> Worker:
+        if entry.worker is not None and entry.worker.failed:
+            self._unload(entry)
+        if entry.worker is None:
+            if entry.loading is None:
+                entry.loading = asyncio.create_task(self._load(entry))
+            # one client that goes away does not stop the loading that others wait for
+            return await asyncio.shield(entry.loading)
+        return entry.worker
+
+    async def _load(self, entry: _Entry) -> Worker:
+        try:
+            name = entry.offer.name
+            engine = await self._open(entry.offer)
+            entry.worker = Worker(
+                engine, name=name, capacity=self.config.limits.requests, metrics=self.metrics
+            )
+            entry.used = time.monotonic()
+            self._make_room(entry)
+            self.metrics.loaded.labels(name).set(_bytes([engine]))
+            return entry.worker
+        except TreadleError as error:
+            raise unavailable(f"`{entry.offer.name}` cannot be loaded: {error}", "load") from error
+        finally:
+            entry.loading = None
+
+    async def _open(self, offer: Offer) -> Engine:
+        if isinstance(offer, Base):
+            return await asyncio.to_thread(offer.open)
+        async with self.use(offer.base) as base:
+            return await asyncio.to_thread(_adapted, base.engine, offer.folder)
+
+    def _make_room(self, kept: _Entry) -> None:
+        """Unload idle models, the least recently used first, until the rest fits."""
+        limit = self.config.memory_bytes
+        if limit is None:
+            return
+        others = sorted((e for e in self._entries.values() if e is not kept), key=lambda e: e.used)
+        for entry in others:
+            if self._loaded_bytes() <= limit:
+                return
+            if entry.idle:
+                self._unload(entry)
+        if self._loaded_bytes() > limit:
+            self._unload(kept)
+            raise unavailable(
+                f"`{kept.offer.name}` does not fit beside the models that are in use; try again",
+                "memory",
+            )
+
+    def _loaded_bytes(self) -> int:
+        return _bytes([w.engine for w in self.workers().values()])
+
+    def _unload(self, entry: _Entry) -> None:
+        if entry.worker is not None:
+            entry.worker.close()
+            entry.worker = None
+            self.metrics.loaded.labels(entry.offer.name).set(0)
+
+
+def runner_of(engine: Engine) -> TorchRunner:
+    """The runner behind an engine, with its model.
+
+    Raises:
+        ApiError: the engine runs it in a form of its own.
+    """
+    if isinstance(engine.runner, TorchRunner):
+        return engine.runner
+    raise ApiError(400, "this model is served in a form that gives text only", code="text_only")
+
+
+def _adapted(base: Engine, folder: str) -> Engine:
+    """An engine with the adapter on it; the base's weights are shared, not copied."""
+    runner = runner_of(base)
+    shared = {id(tensor): tensor for tensor in _tensors(runner.model)}
+    model: DecoderModel = load_adapter(copy.deepcopy(runner.model, shared), folder)
+    model.requires_grad_(False).eval()
+    return Engine(model, base.tokenizer, base.config, autocast=runner.autocast)
+
+
+def _tensors(model: DecoderModel) -> Iterator[Tensor]:
+    return chain(model.parameters(), model.buffers())
+
+
+def _bytes(engines: Sequence[Engine]) -> int:
+    """Memory of the weights, shared ones once; a runner of another make counts as nothing."""
+    storages = {}
+    for engine in engines:
+        if isinstance(engine.runner, TorchRunner):
+            for tensor in _tensors(engine.runner.model):
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
