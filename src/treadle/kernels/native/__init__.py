@@ -1,0 +1,1 @@
+"""Generation on the processor in C++, compiled on first use."""

@@ -1,0 +1,84 @@
+"""Weights in 4 or 8 bits, repacked from GGUF blocks for the processor's products of bytes.
+
+    y = W r(x)     r rounds each group of 32 inputs to 255 steps of its largest magnitude
+
+`multiply_reference` is the definition; the fast path sums the same integers, and differs from it
+by the rounding of float32 sums alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from treadle.core.errors import TreadleError
+from treadle.kernels.blocks import BlockFormat, block_format, dequantise
+from treadle.kernels.native.library import library
+
+GROUP = 32
+FORMATS = ("Q4_0", "Q4_1", "Q8_0")
+"""In the order of `Format` of matrix.h."""
+
+
+class NativeMatrix:
+    """A matrix [out in] in the memory of the native library.
+
+    Raises:
+        TreadleError: the format is not one of `FORMATS`, or memory does not suffice.
+    """
+
+    def __init__(self, blocks: UInt8[Tensor, "out b"], format: str, *flags: str) -> None:
+        if format not in FORMATS:
+            raise TreadleError(
+                f"the native path has no products of {format}; choose {', '.join(FORMATS)}"
+            )
+        self.format = block_format(format)
+        self.rows, length = blocks.shape
+        self.columns = length // self.format.block_bytes * GROUP
+        if length % self.format.block_bytes:
+            raise TreadleError(f"rows of {length} bytes are not whole blocks of {format}")
+        self._library = library(*flags)
+        blocks = blocks.contiguous()
+        self.handle: int | None = self._library.treadle_matrix(
+            FORMATS.index(format), self.rows, self.columns, blocks.data_ptr()
+        )
+        if self.handle is None:
+            raise TreadleError(f"no memory for a matrix of {self.rows} x {self.columns}")
+        weakref.finalize(self, self._library.treadle_free_matrix, self.handle)
+
+    def multiply(self, x: Float[Tensor, "N in"]) -> Float[Tensor, "N out"]:
+        """x W^T in float32, on one thread."""
+        if x.ndim != 2 or x.shape[1] != self.columns:
+            raise TreadleError(f"a matrix of {self.columns} columns times {tuple(x.shape)}")
+        x = x.float().contiguous()
+        y = torch.empty(len(x), self.rows)
+        if self._library.treadle_multiply(self.handle, x.data_ptr(), len(x), y.data_ptr()):
+            raise TreadleError("no memory for the activations; multiply fewer rows at a time")
+        return y
+
+    def row(self, index: int) -> Float[Tensor, " in"]:
+        """One row of the weight."""
+        if not 0 <= index < self.rows:
+            raise TreadleError(f"row {index} of a matrix of {self.rows}")
+        y = torch.empty(self.columns)
+        self._library.treadle_unpack_row(self.handle, index, ctypes.c_void_p(y.data_ptr()))
+        return y
+
+
+def round_groups(x: Float[Tensor, "N in"]) -> Float[Tensor, "N in"]:
+    """r(x): each group of 32 to whole multiples of its largest magnitude / 127."""
+    groups = x.float().unflatten(-1, (-1, GROUP))
+    peak = groups.abs().amax(-1, keepdim=True)
+    codes = (groups * (127 / peak).nan_to_num(0, 0, 0)).round()
+    return (codes * (peak / 127)).flatten(-2)
+
+
+def multiply_reference(
+    x: Float[Tensor, "N in"], blocks: UInt8[Tensor, "out b"], format: BlockFormat
+) -> Float[Tensor, "N out"]:
+    """The definition."""
+    return round_groups(x) @ dequantise(blocks, format).T

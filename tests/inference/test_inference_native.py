@@ -1,0 +1,202 @@
+"""The native runner against the dense model that holds the same rounded weights."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from treadle.core.errors import TreadleError
+from treadle.inference.native_runner import NativeRunner
+from treadle.inference.runner import Batch
+from treadle.kernels.blocks import FORMATS, dequantise, quantise
+from treadle.kernels.native.library import COMPILERS
+from treadle.models.decoder import Decoder, DecoderModel, swap
+from treadle.models.hub.load import load_model
+from treadle.models.hub.save import save_gguf
+from treadle.models.llama import tiny_llama
+from treadle.nn.ffn.ffn import GatedMLP
+from treadle.nn.mixers.attention import Attention
+from treadle.nn.norms import RMSNorm
+from treadle.nn.rope import RoPE
+from treadle.nn.rope_scaling import LinearScaling
+
+pytestmark = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
+
+VOCAB = 203
+TINY = tiny_llama(VOCAB, dim=96, layers=3, heads=6, kv_heads=2, hidden=160, context=128)
+UNTIED = tiny_llama(VOCAB, dim=64, layers=2, heads=2, hidden=96, context=128, tied=False)
+PAGE = 16
+
+
+def model_of(decoder: Decoder) -> DecoderModel:
+    torch.manual_seed(0)
+    model = decoder.replace(std=0.15).build()
+    for module in model.modules():
+        if type(module).__name__ == "RMSNormLayer":
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    return model.eval()
+
+
+@torch.no_grad()
+def rounded(model: DecoderModel, format: str) -> DecoderModel:
+    """The model with weights as the runner stores them."""
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding) and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            kind = FORMATS[format if name.startswith("blocks.") else "Q8_0"]
+            module.weight.copy_(dequantise(quantise(module.weight, kind), kind))
+    return model
+
+
+def tokens_of(length: int, seed: int = 1) -> list[int]:
+    return torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def whole(tokens: list[int], table: list[int]) -> Batch:
+    return Batch(tokens, [len(tokens)], [0], [table], [len(tokens)])
+
+
+@torch.no_grad()
+def dense_logits(model: DecoderModel, tokens: list[int]) -> Tensor:
+    return model.logits(model(torch.tensor(tokens)))
+
+
+def divergence(theirs: Tensor, ours: Tensor) -> float:
+    """KL(theirs || ours), of the worst token."""
+    p, q = theirs.log_softmax(-1), ours.log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).max())
+
+
+@pytest.mark.parametrize("decoder", [TINY, UNTIED], ids=["tied", "untied"])
+@pytest.mark.parametrize("format", ["Q4_0", "Q4_1", "Q8_0"])
+def test_logits_are_those_of_the_dense_model(decoder: Decoder, format: str) -> None:
+    """What is left is the rounding of activations to 8 bits and of keys and values to float16."""
+    runner = NativeRunner(model_of(decoder), format=format, page=PAGE, pages=9)
+    tokens = tokens_of(75)
+    ours = runner.run(whole(tokens, [8, 0, 3, 5, 1]))
+    theirs = dense_logits(rounded(model_of(decoder), format), tokens)
+    assert ours.shape == (75, VOCAB)
+    assert float(F.cosine_similarity(ours, theirs).min()) > 0.999
+    assert divergence(theirs, ours) < 5e-3
+    # Twice as far from another rounding of the weights: the test can tell them apart.
+    other = dense_logits(rounded(model_of(decoder), "Q4_0" if format == "Q4_1" else "Q4_1"), tokens)
+    assert (ours - theirs).norm() * 2 < (ours - other).norm()
+
+
+def test_rope_of_part_of_a_head_scaled_positions_and_gemma_norms() -> None:
+    rope = RoPE(theta=500.0, scaling=LinearScaling(factor=4.0), fraction=0.5)
+    decoder = swap(TINY, Attention, lambda a: a.replace(positions=rope, head_dim=32, scale=0.3))
+    decoder = swap(decoder, RMSNorm, lambda n: n.replace(offset=1.0, eps=1e-3))
+    runner = NativeRunner(model_of(decoder), format="Q8_0", page=PAGE, pages=5)
+    tokens = tokens_of(70)
+    theirs = dense_logits(rounded(model_of(decoder), "Q8_0"), tokens)
+    ours = runner.run(whole(tokens, [4, 2, 0, 1, 3]))
+    assert float(F.cosine_similarity(ours, theirs).min()) > 0.999
+
+
+def test_batched_and_in_pieces_equals_one_by_one() -> None:
+    """One pass with the next token of two sequences, a piece of a prompt and a new prompt."""
+    runner = NativeRunner(model_of(TINY), page=PAGE, pages=20)
+    texts = [tokens_of(n, seed) for seed, n in enumerate((40, 17, 50, 5))]
+    expected = [runner.run(whole(t, [16, 17, 18, 19])) for t in texts]
+    tables = [[3, 1, 7], [0, 9], [4, 2, 8, 11], [10]]
+    first = [39, 16, 20, 0]
+    for text, table, count in zip(texts, tables, first, strict=True):
+        if count:
+            runner.run(Batch(text[:count], [count], [0], [table], [0]))
+    counts = [1, 1, 25, 5]
+    pieces = [t[s : s + c] for t, s, c in zip(texts, first, counts, strict=True)]
+    outputs = [1, 1, 0, 2]
+    out = runner.run(Batch(sum(pieces, []), counts, first, tables, outputs))
+    rest = runner.run(Batch(texts[2][45:], [5], [45], [tables[2]], [1]))
+    assert_close(out[0], expected[0][-1], atol=2e-4, rtol=1e-4)
+    assert_close(out[1], expected[1][-1], atol=2e-4, rtol=1e-4)
+    assert_close(out[2:], expected[3][-2:], atol=2e-4, rtol=1e-4)
+    assert_close(rest[0], expected[2][-1], atol=2e-4, rtol=1e-4)
+
+
+def test_shared_copied_saved_and_loaded_pages() -> None:
+    runner = NativeRunner(model_of(TINY), page=PAGE, pages=6)
+    text = tokens_of(20)
+    runner.run(whole(text, [0, 1]))
+    step = Batch([5], [1], [20], [[0, 1]], [1])
+    expected = runner.run(step)
+    runner.copy(1, 2)
+    runner.load(4, runner.save(0))
+    for table in ([0, 2], [4, 2]):
+        assert torch.equal(runner.run(Batch([5], [1], [20], [table], [1])), expected)
+    both = Batch([5, 9], [1, 1], [20, 20], [[0, 1], [0, 2]], [1, 1])
+    assert_close(runner.run(both)[:1], expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_any_number_of_threads(threads: int) -> None:
+    text = tokens_of(30)
+    one = NativeRunner(model_of(TINY), page=PAGE, pages=2, threads=1).run(whole(text, [0, 1]))
+    many = NativeRunner(model_of(TINY), page=PAGE, pages=2, threads=threads)
+    assert torch.equal(many.run(whole(text, [0, 1])), one)
+
+
+def test_blocks_of_a_gguf_file_are_taken_as_they_are(tmp_path: Path) -> None:
+    """Rounding them again would move Q4_0's scales; the rows of q and k are put in our order."""
+    file = tmp_path / "m.gguf"
+    save_gguf(
+        model_of(TINY), file, format="Q4_0", metadata={"tokenizer.ggml.model": "no_vocab"}
+    )
+    runner = NativeRunner.open(file, page=PAGE, pages=4)
+    tokens = tokens_of(40)
+    theirs = dense_logits(load_model(file).model.float(), tokens)
+    ours = runner.run(whole(tokens, [0, 1, 2]))
+    assert runner.format == "Q4_0"
+    assert float(F.cosine_similarity(ours, theirs).min()) > 0.999
+
+
+def with_attention(**fields: object) -> Decoder:
+    return swap(TINY, Attention, lambda a: a.replace(**fields))
+
+
+@pytest.mark.parametrize(
+    ("decoder", "message"),
+    [
+        (with_attention(window=8), "attention with window=8"),
+        (with_attention(qkv_bias=True), "attention with qkv_bias=True"),
+        (with_attention(qk_norm=RMSNorm()), "attention with qk_norm="),
+        (with_attention(head_dim=24), "head_dim=24, which is no multiple of 16"),
+        (swap(TINY, GatedMLP, lambda f: f.replace(activation="gelu")), "activation=gelu"),
+        (TINY.replace(softcap=30.0), "a soft cap"),
+        (TINY.replace(blocks=(*TINY.blocks, *UNTIED.blocks)), "blocks that differ"),
+    ],
+)
+def test_other_models_are_refused_by_the_part_they_have(decoder: Decoder, message: str) -> None:
+    with pytest.raises(TreadleError, match=f"{message}.*use the torch path"):
+        NativeRunner(decoder.build())
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (Batch([VOCAB], [1], [0], [[0]], [1]), "a token outside the vocabulary of 203"),
+        (Batch([1, 2], [1], [0], [[0]], [1]), r"counts \[1\] of 2 tokens"),
+        (Batch([1], [1], [16], [[0]], [1]), "1 pages for 17 tokens"),
+        (Batch([1], [1], [0], [[7]], [1]), r"a page outside 0 \.\. 1"),
+        (Batch([1], [1], [128], [[0] * 9], [1]), "129 tokens, the context has 128"),
+        (Batch([1], [1], [0], [[0]], [2]), "1 new tokens at 0, 2 with logits"),
+    ],
+)
+def test_a_wrong_batch_never_reaches_native_code(batch: Batch, message: str) -> None:
+    with pytest.raises(TreadleError, match=message):
+        NativeRunner(model_of(TINY), page=PAGE, pages=2).run(batch)
+
+
+def test_bad_settings() -> None:
+    with pytest.raises(TreadleError, match="page=24: native pages hold a multiple of 16"):
+        NativeRunner(model_of(TINY), page=24)
+    with pytest.raises(TreadleError, match="format Q6_K: the native path has Q4_0, Q4_1, Q8_0"):
+        NativeRunner(model_of(TINY), format="Q6_K")
