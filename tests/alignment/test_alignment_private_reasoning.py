@@ -18,7 +18,7 @@ from treadle.data.records import Chat, Problem, assistant, user
 from treadle.data.source import Env
 from treadle.data.supervised import Conversations, Supervised
 from treadle.inference.engine import Engine
-from treadle.inference.reasoning.prompting import Direct
+from treadle.inference.reasoning.prompting import OneAnswer
 from treadle.inference.reasoning.strategy import Thinker, private, visible
 from treadle.inference.sampling import Sampling
 from treadle.objectives.causal import CausalLM
@@ -100,7 +100,7 @@ def test_a_trained_model_thinks_in_private(tmp_path: Path) -> None:
     )
     thinker = Thinker(Engine(model.eval(), tokenizer), extract_answer)
     sampling = Sampling(temperature=0.0, max_tokens=60)
-    (thought,) = Direct(sampling=sampling)(thinker, [({"role": "user", "content": "?"},)])
+    (thought,) = OneAnswer(sampling=sampling)(thinker, [({"role": "user", "content": "?"},)])
     assert private(thought.text) == "1 + 3 = 4"
     assert visible(thought.text) == "Answer: 4"
     assert thought.answer == "4"

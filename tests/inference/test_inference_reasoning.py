@@ -17,9 +17,9 @@ from treadle.inference.reasoning.budget import ThinkingBudget
 from treadle.inference.reasoning.critique import CritiqueAndRefine
 from treadle.inference.reasoning.prompting import (
     ChainOfThought,
-    Direct,
     FewShot,
     LeastToMost,
+    OneAnswer,
     SelfAsk,
     Shot,
     listed,
@@ -231,7 +231,7 @@ def test_private_reasoning_is_hidden(text: str, shown: str, hidden: str) -> None
 
 def test_answers_in_private_do_not_count() -> None:
     mind = Scripted(lambda ask, k: "<think>Answer: 1</think>I do not know.")
-    assert Direct()(mind, [asked("?")])[0].answer is None
+    assert OneAnswer()(mind, [asked("?")])[0].answer is None
 
 
 # With an engine
@@ -252,7 +252,7 @@ def test_the_engine_gets_the_conversation_and_the_beginning() -> None:
 
 def test_conversations_that_do_not_fit_are_counted() -> None:
     mind = thinker(context=32)
-    short, long = Direct(sampling=Sampling(max_tokens=4))(mind, [asked("a"), asked("b" * 99)])
+    short, long = OneAnswer(sampling=Sampling(max_tokens=4))(mind, [asked("a"), asked("b" * 99)])
     assert mind.overflows == 1
     assert long.text == ""
     assert long.tokens == 0

@@ -45,7 +45,9 @@ def reason(
     exams = [e for s in load(like).steps if isinstance(s, Evaluate) for e in s.exams]
     if not exams:
         raise TreadleError(f"{like} has no exams: name a recipe that puts problems, in --like")
-    texts = [s if s.lstrip().startswith("{") else f"{{kind: {s}}}" for s in strategy or ["Direct"]]
+    texts = [
+        s if s.lstrip().startswith("{") else f"{{kind: {s}}}" for s in strategy or ["OneAnswer"]
+    ]
     step = Reason(
         name="reason",
         model=source_of(model),
@@ -70,7 +72,7 @@ COMMAND = Command(
     name="reason",
     run=reason,
     examples=(
-        "treadle reason smollm2-135m-instruct -s Direct -s '{kind: SelfConsistency, n: 8}'",
+        "treadle reason smollm2-135m-instruct -s OneAnswer -s '{kind: SelfConsistency, n: 8}'",
         "treadle reason runs/quickstart -s TreeOfThoughts --count 50",
     ),
 )

@@ -73,7 +73,7 @@ class Normalise(Config):
         """From sums over an answer's tokens and their numbers."""
 
 
-class Summed(Normalise):
+class SumOfTokens(Normalise):
     """The log-probability of the whole answer."""
 
     def __call__(
@@ -82,7 +82,7 @@ class Summed(Normalise):
         return logp
 
 
-class Averaged(Normalise):
+class MeanOfTokens(Normalise):
     """The mean over its tokens."""
 
     def __call__(
@@ -187,7 +187,7 @@ class DPO(Objective):
 
     beta: float = Field(0.1, gt=0.0)
     """How strongly the policy is held to the reference: the scale of margins."""
-    normalise: Normalise = Summed()
+    normalise: Normalise = SumOfTokens()
     baseline: Baseline = AgainstReference()
     link: Link = Logistic()
     target: float = Field(0.0, ge=0.0)
@@ -242,12 +242,12 @@ def sequence_logprobs(model: DecoderModel, batch: Batch) -> Float[Tensor, " S"]:
 
 def ipo(beta: float = 0.1) -> DPO:
     """Azar et al. 2023; beta is the paper's tau."""
-    return DPO(beta=beta, normalise=Averaged(), link=Squared())
+    return DPO(beta=beta, normalise=MeanOfTokens(), link=Squared())
 
 
 def simpo(beta: float = 2.0, gamma: float = 1.0) -> DPO:
     """Meng et al. 2024."""
-    return DPO(beta=beta, normalise=Averaged(), baseline=ReferenceFree(), target=gamma)
+    return DPO(beta=beta, normalise=MeanOfTokens(), baseline=ReferenceFree(), target=gamma)
 
 
 def cpo(beta: float = 0.1) -> DPO:
@@ -258,5 +258,5 @@ def cpo(beta: float = 0.1) -> DPO:
 def orpo(weight: float = 0.1) -> DPO:
     """Hong et al. 2024; the weight is the paper's lambda."""
     return DPO(
-        beta=1.0, normalise=Averaged(), baseline=AgainstComplement(), weight=weight, anchor=1.0
+        beta=1.0, normalise=MeanOfTokens(), baseline=AgainstComplement(), weight=weight, anchor=1.0
     )

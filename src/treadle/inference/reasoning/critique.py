@@ -18,7 +18,7 @@ CARD = Card(
     id="re.critique",
     paper="Madaan et al. 2023, Self-Refine, arXiv:2303.17651",
     summary="The model criticises its answer and refines it, until it finds nothing or rounds end.",
-    recipe="treadle reason smollm2-135m-instruct --strategy Direct --strategy CritiqueAndRefine",
+    recipe="treadle reason smollm2-135m-instruct --strategy OneAnswer --strategy CritiqueAndRefine",
     oracle="tests/inference/test_inference_reasoning.py::test_refinement_talks_as_in_the_paper",
 )
 

@@ -30,7 +30,7 @@ CARD = Card(
     id="re.prompting",
     paper="Wei et al. 2022, arXiv:2201.11903; arXiv:2205.11916; arXiv:2210.03350; arXiv:2205.10625",
     summary="Zero-shot, few-shot, chain-of-thought, self-ask and least-to-most prompts.",
-    recipe="treadle reason smollm2-135m-instruct --strategy Direct --strategy LeastToMost",
+    recipe="treadle reason smollm2-135m-instruct --strategy OneAnswer --strategy LeastToMost",
     oracle="tests/inference/test_inference_reasoning.py::test_prompts_are_rendered_as_specified",
 )
 GREEDY = Sampling(temperature=0.0, max_tokens=192)
@@ -88,7 +88,7 @@ class SelfAsk(Prompt):
         return turns, "Are follow up questions needed here: Yes.\nFollow up:"
 
 
-class Direct(Strategy):
+class OneAnswer(Strategy):
     """One answer."""
 
     prompt: Prompt = ZeroShot()
