@@ -114,7 +114,7 @@ def test_batched_and_in_pieces_equals_one_by_one() -> None:
     counts = [1, 1, 25, 5]
     pieces = [t[s : s + c] for t, s, c in zip(texts, first, counts, strict=True)]
     outputs = [1, 1, 0, 2]
-    out = runner.run(Batch(sum(pieces, []), counts, first, tables, outputs))
+    out = runner.run(Batch([t for piece in pieces for t in piece], counts, first, tables, outputs))
     rest = runner.run(Batch(texts[2][45:], [5], [45], [tables[2]], [1]))
     assert_close(out[0], expected[0][-1], atol=2e-4, rtol=1e-4)
     assert_close(out[1], expected[1][-1], atol=2e-4, rtol=1e-4)
@@ -147,9 +147,7 @@ def test_any_number_of_threads(threads: int) -> None:
 def test_blocks_of_a_gguf_file_are_taken_as_they_are(tmp_path: Path) -> None:
     """Rounding them again would move Q4_0's scales; the rows of q and k are put in our order."""
     file = tmp_path / "m.gguf"
-    save_gguf(
-        model_of(TINY), file, format="Q4_0", metadata={"tokenizer.ggml.model": "no_vocab"}
-    )
+    save_gguf(model_of(TINY), file, format="Q4_0", metadata={"tokenizer.ggml.model": "no_vocab"})
     runner = NativeRunner.open(file, page=PAGE, pages=4)
     tokens = tokens_of(40)
     theirs = dense_logits(load_model(file).model.float(), tokens)

@@ -65,7 +65,7 @@ class Thinker:
             prompt = encode_prompt(tokenizer, list(ask.turns))
             if ask.prefix:
                 prompt = prompt + tokenizer.encode(ask.prefix, parse_special=False)
-            if len(prompt) >= self.engine.model.config.context:
+            if len(prompt) >= self.engine.runner.context:
                 self.overflows += 1
                 continue
             seed = sampling.seed + ask.question
