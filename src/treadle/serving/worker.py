@@ -267,7 +267,9 @@ class Worker:
         sent = job.sent.get(index, 0)
         job.sent[index] = len(sequence.tokens)
         tokens, logprobs = sequence.tokens[sent:], sequence.logprobs[sent:]
-        tops = sequence.top[sent:] if sequence.request.sampling.top_logprobs else [()] * len(tokens)
+        tops: list[tuple[tuple[int, float], ...]] = [()] * len(tokens)
+        if sequence.request.sampling.top_logprobs:
+            tops = sequence.top[sent:]
         piece = Piece(index, text, tokens, logprobs, tops, finish)
         self.metrics.generated_tokens.labels(self.name).inc(len(piece.tokens))
         if finish is not None:
