@@ -81,9 +81,9 @@ def build(
     for family in (chat, completions, embeddings, listing, votes):
         http.include_router(family.routes(service))
     http.include_router(site.routes())
-    paths = {getattr(route, "path", "") for route in http.routes}
-    gate = Gate(http, config, metrics, {*paths, "/health", "/metrics"})
+    gate = Gate(http, config, metrics)
     http.include_router(health.routes(service, gate))
+    gate.paths = frozenset(http.openapi()["paths"]) | {"/"}
     return App(gate, service, http)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from collections.abc import Collection
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -20,16 +19,12 @@ DISCARDED = 64 * 2**20
 
 
 class Gate:
-    """ASGI middleware: drains, checks keys, reads bodies up to a limit, counts answers.
+    """ASGI middleware: drains, checks keys, reads bodies up to a limit, counts answers."""
 
-    Args:
-        paths: those that the figures name; others are counted as one.
-    """
-
-    def __init__(
-        self, app: ASGIApp, config: Serve, metrics: Metrics, paths: Collection[str]
-    ) -> None:
-        self.app, self.config, self.metrics, self.paths = app, config, metrics, paths
+    def __init__(self, app: ASGIApp, config: Serve, metrics: Metrics) -> None:
+        self.app, self.config, self.metrics = app, config, metrics
+        self.paths: frozenset[str] = frozenset()
+        """Those that the figures name; others are counted as one."""
         self.keys = [key.encode() for key in config.keys]
         self.draining = False
         self.inside = 0

@@ -266,14 +266,11 @@ class Worker:
             return None
         sent = job.sent.get(index, 0)
         job.sent[index] = len(sequence.tokens)
-        piece = Piece(
-            index,
-            text,
-            sequence.tokens[sent:],
-            sequence.logprobs[sent:],
-            sequence.top[sent:],
-            finish,
-        )
+        tokens, logprobs = sequence.tokens[sent:], sequence.logprobs[sent:]
+        tops: list[tuple[tuple[int, float], ...]] = [()] * len(tokens)
+        if sequence.request.sampling.top_logprobs:
+            tops = sequence.top[sent:]
+        piece = Piece(index, text, tokens, logprobs, tops, finish)
         self.metrics.generated_tokens.labels(self.name).inc(len(piece.tokens))
         if finish is not None:
             job.ended.add(index)
