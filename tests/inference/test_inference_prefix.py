@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
 import torch
 from tiny_generation import byte_tokenizer, tiny_model
 
+from treadle.core.errors import TreadleError
 from treadle.inference.blocks import Blocks
 from treadle.inference.engine import Engine, EngineConfig
+from treadle.inference.prefix_folder import PrefixFolder, fingerprint
 from treadle.inference.request import Request
 from treadle.inference.sampling import Sampling
 from treadle.inference.torch_runner import TorchRunner
@@ -122,3 +128,54 @@ def test_a_page_is_known_by_all_that_comes_before_it() -> None:
     assert blocks.find([1, 2, 3, 4, 5]) == pages
     assert blocks.find([9, 2, 3, 4, 5]) == []
     assert blocks.find([1, 2, 3, 4]) == pages[:1]
+
+
+def test_another_process_reads_what_one_computed(tmp_path: Path) -> None:
+    config = EngineConfig(prefix_folder=str(tmp_path))
+    prompt = Request(tuple(range(40, 80)), Sampling(seed=3, max_tokens=4))
+    first = Engine(tiny_model(6, None), byte_tokenizer(), config)
+    expected = first.generate([prompt])[0][0]
+    other = Engine(tiny_model(6, None), byte_tokenizer(), config)
+    found = other.generate([prompt])[0][0]
+    assert (first.prefilled, other.prefilled, found.cached_tokens) == (40, 8, 32)
+    close(found, expected)
+    changed = Engine(tiny_model(6, None, seed=1), byte_tokenizer(), config)
+    changed.generate([prompt])
+    assert changed.prefilled == 40
+    other.forget()
+    other.generate([prompt])
+    assert other.prefilled == 8 + 40
+    for path in tmp_path.rglob("*.safetensors"):
+        path.write_bytes(b"broken")
+    again = Engine(tiny_model(6, None), byte_tokenizer(), config)
+    close(again.generate([prompt])[0][0], expected)
+    assert again.prefilled == 40
+
+
+def test_the_folder_is_bounded_and_drops_the_oldest(tmp_path: Path) -> None:
+    folder = PrefixFolder(tmp_path, "m", limit=3000)
+    for number in range(6):
+        folder.put(bytes([number]), torch.full((128,), float(number)))
+    files = list(tmp_path.rglob("*.safetensors"))
+    assert sum(f.stat().st_size for f in files) <= 3000
+    assert folder.get(bytes([0])) is None
+    content = folder.get(bytes([5]))
+    assert content is not None
+    assert content[0] == 5
+    assert PrefixFolder(tmp_path, "m", limit=3000).size == folder.size
+
+
+def test_the_fingerprint_tells_weights_and_precision_apart() -> None:
+    marks = [
+        fingerprint(tiny_model(), 16, nullcontext),
+        fingerprint(tiny_model(seed=1), 16, nullcontext),
+        fingerprint(tiny_model(), 8, nullcontext),
+        fingerprint(tiny_model(), 16, lambda: torch.autocast("cpu", torch.bfloat16)),
+    ]
+    assert len(set(marks)) == 4
+    assert fingerprint(tiny_model(), 16, nullcontext) == marks[0]
+
+
+def test_a_runner_without_a_name_has_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(TreadleError, match=r"prefix_folder.*fingerprint.*mark"):
+        engine(prefix_folder=str(tmp_path))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -20,6 +21,7 @@ from treadle.core.errors import TreadleError
 from treadle.inference.blocks import Blocks
 from treadle.inference.detokenizer import Detokenizer
 from treadle.inference.penalties import adjust, forbid
+from treadle.inference.prefix_folder import PrefixFolder, fingerprint
 from treadle.inference.request import Completion, Delta, Request
 from treadle.inference.runner import Batch, Runner
 from treadle.inference.sampling import sample
@@ -42,6 +44,10 @@ class EngineConfig(Config):
     of the machine's memory."""
     queue: int | None = Field(None, ge=1)
     """Requests that may wait; None: any number."""
+    prefix_folder: str | None = None
+    """Where pages of prompts are kept for later processes; None: nowhere."""
+    prefix_gigabytes: float = Field(2.0, gt=0.0)
+    """Most that one model's pages may take there."""
 
 
 class Engine:
@@ -56,24 +62,44 @@ class Engine:
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         pages = pages_for(model, config.slots, config.cache_tokens)
-        self._open(TorchRunner(model, pages=pages, autocast=autocast), tokenizer, config)
+        runner = TorchRunner(model, pages=pages, autocast=autocast)
+        mark = fingerprint(model, runner.page, autocast) if config.prefix_folder else ""
+        self._open(runner, tokenizer, config, mark)
 
     @classmethod
     def of_runner(
-        cls, runner: Runner, tokenizer: Tokenizer, config: EngineConfig = EngineConfig()
+        cls,
+        runner: Runner,
+        tokenizer: Tokenizer,
+        config: EngineConfig = EngineConfig(),
+        *,
+        mark: str = "",
     ) -> Engine:
-        """An engine over a runner that exists; its pages bound the cache."""
+        """An engine over a runner that exists; its pages bound the cache.
+
+        `mark` names the weights, the precision and the page size: see `fingerprint`.
+        """
         engine = cls.__new__(cls)
-        engine._open(runner, tokenizer, config)
+        engine._open(runner, tokenizer, config, mark)
         return engine
 
-    def _open(self, runner: Runner, tokenizer: Tokenizer, config: EngineConfig) -> None:
+    def _open(self, runner: Runner, tokenizer: Tokenizer, config: EngineConfig, mark: str) -> None:
+        folder = None
+        if config.prefix_folder is not None:
+            if not mark:
+                raise TreadleError(
+                    "EngineConfig.prefix_folder keeps pages by the model's fingerprint: "
+                    "give it to Engine.of_runner as `mark`"
+                )
+            limit = int(config.prefix_gigabytes * 1e9)
+            folder = PrefixFolder(Path(config.prefix_folder), mark, limit)
         self.runner, self.tokenizer, self.config = runner, tokenizer, config
         self.scheduler = Scheduler(
             Blocks(runner.pages, runner.page),
-            runner.copy,
+            runner,
             slots=config.slots,
             tokens=config.prefill_tokens,
+            folder=folder,
         )
         self.jobs = 0
         self.prefilled = 0
