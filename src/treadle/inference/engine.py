@@ -27,6 +27,7 @@ from treadle.inference.runner import Batch, Runner
 from treadle.inference.sampling import sample
 from treadle.inference.scheduler import QueueFullError, Scheduler
 from treadle.inference.sequence import Active
+from treadle.inference.speculative import Draft
 from treadle.inference.torch_runner import TorchRunner, pages_for
 from treadle.models.decoder import DecoderModel
 from treadle.tokenizers.tokenizer import Tokenizer
@@ -44,6 +45,8 @@ class EngineConfig(Config):
     of the machine's memory."""
     queue: int | None = Field(None, ge=1)
     """Requests that may wait; None: any number."""
+    draft: Draft | None = None
+    """Guesses tokens ahead: speculative decoding; None: one token a pass."""
     prefix_folder: str | None = None
     """Where pages of prompts are kept for later processes; None: nowhere."""
     prefix_gigabytes: float = Field(2.0, gt=0.0)
@@ -185,21 +188,23 @@ class Engine:
     def step(self) -> list[Active]:
         """Run one pass and return the sequences that were touched, finished ones too."""
         cancelled = self.scheduler.reap()
+        if self.config.draft is not None:
+            self._guess(self.config.draft)
         plan = self.scheduler.schedule()
         if not plan:
             return cancelled
         logits = self.runner.run(_batch(plan))
         self.prefilled += sum(count for sequence, count in plan if not sequence.tokens)
         self.scheduler.commit(plan)
-        drawing, rows = [], []
-        ready = [sequence for sequence, _ in plan if not sequence.pending]
-        for row, sequence in enumerate(ready):
-            members = [sequence, *self.scheduler.part(sequence)]
-            drawing += members
-            rows += [row] * len(members)
+        drawing, rows, row = [], [], 0
+        for sequence, _ in plan:
+            if not sequence.pending:
+                members = [sequence, *self.scheduler.part(sequence)]
+                drawing += members
+                rows += [row] * len(members)
+                row += 1 + len(sequence.draft)
         if drawing:
-            same = len(rows) == len(ready)
-            self._sample(drawing, logits if same else logits[rows])
+            self._draw(drawing, rows, logits)
         self.scheduler.reap()
         return [*cancelled, *drawing]
 
@@ -249,6 +254,30 @@ class Engine:
             self.cancel(job)
             self.scheduler.reap()
 
+    def _guess(self, draft: Draft) -> None:
+        for sequence in self.running:
+            sequence.draft = []
+            if sequence.tokens and sequence.pending == 1:
+                room = self._limit(sequence.request) - len(sequence.tokens) - 1
+                sequence.draft = draft(sequence.slice(0, sequence.length))[: max(0, room)]
+
+    def _draw(self, sequences: list[Active], rows: list[int], logits: Float[Tensor, "N V"]) -> None:
+        """Tokens for sequences whose logits begin at `rows`; more where a guess was right."""
+        drawn = list(zip(sequences, rows, strict=True))
+        while drawn:
+            rows = [row for _, row in drawn]
+            every = rows == list(range(len(logits)))
+            self._sample([s for s, _ in drawn], logits if every else logits[rows])
+            right = []
+            for sequence, row in drawn:
+                going = sequence.finish is None and sequence.draft
+                if going and sequence.draft.pop(0) == sequence.tokens[-1]:
+                    sequence.computed += 1
+                    right.append((sequence, row + 1))
+            drawn = right
+        for sequence in sequences:
+            sequence.draft = []
+
     def _sample(self, sequences: list[Active], logits: Float[Tensor, "B V"]) -> None:
         stops = self.tokenizer.stop_ids
         for row, sequence in zip(logits, sequences, strict=True):
@@ -290,9 +319,9 @@ class Engine:
 def _batch(plan: list[tuple[Active, int]]) -> Batch:
     """The tokens of a pass; logits only where a sequence's last known token is among them."""
     return Batch(
-        tokens=[t for s, n in plan for t in s.slice(s.computed, s.computed + n)],
+        tokens=[t for s, n in plan for t in (*s.slice(s.computed, s.computed + n), *s.draft)],
         counts=[n for _, n in plan],
         starts=[s.computed for s, _ in plan],
         tables=[s.table for s, _ in plan],
-        outputs=[int(n == s.pending) for s, n in plan],
+        outputs=[1 + len(s.draft) if n >= s.pending else 0 for s, n in plan],
     )

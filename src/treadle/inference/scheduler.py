@@ -57,7 +57,10 @@ class Scheduler:
         plan: list[tuple[Active, int]] = []
         for sequence in sorted(self.running, key=lambda s: s.rank):
             prefill = sequence.pending > 1
-            count = min(sequence.pending, budget) if prefill else 1
+            if self.blocks.available < len(self.running) + len(sequence.draft):
+                # Guesses are no reason to preempt anybody.
+                sequence.draft = []
+            count = min(sequence.pending, budget) if prefill else 1 + len(sequence.draft)
             if count and self._make_room(sequence, count):
                 plan.append((sequence, count))
                 budget -= count if prefill else 0
@@ -76,7 +79,8 @@ class Scheduler:
         """The pass has run: pages that became full can be found by others."""
         page = self.blocks.page
         for sequence, count in plan:
-            sequence.computed += count
+            # Guesses count when they are accepted.
+            sequence.computed += count - len(sequence.draft)
             if sequence.computed // page > len(sequence.keys):
                 known = sequence.slice(0, sequence.computed)
                 for key in self.blocks.chain(known, sequence.keys):
@@ -187,4 +191,5 @@ class Scheduler:
 
     def _drop(self, sequence: Active) -> None:
         self.blocks.release(sequence.table)
-        sequence.table, sequence.keys, sequence.computed = [], [], 0
+        sequence.table, sequence.keys, sequence.draft = [], [], []
+        sequence.computed = 0
