@@ -12,45 +12,21 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
-from pydantic import Field
-from torch import Tensor
 
-from treadle.core.config import Config
 from treadle.core.errors import TreadleError
 from treadle.inference.blocks import Blocks
 from treadle.inference.detokenizer import Detokenizer
-from treadle.inference.penalties import adjust, forbid
+from treadle.inference.draw import draw
+from treadle.inference.limits import EngineConfig as EngineConfig
 from treadle.inference.prefix_folder import PrefixFolder, fingerprint
 from treadle.inference.request import Completion, Delta, Request
 from treadle.inference.runner import Batch, Runner
-from treadle.inference.sampling import sample
 from treadle.inference.scheduler import QueueFullError, Scheduler
 from treadle.inference.sequence import Active
 from treadle.inference.speculative import Draft
 from treadle.inference.torch_runner import TorchRunner, pages_for
 from treadle.models.decoder import DecoderModel
 from treadle.tokenizers.tokenizer import Tokenizer
-
-
-class EngineConfig(Config):
-    """Limits of the engine."""
-
-    slots: int = Field(64, ge=1)
-    """Sequences that run at once."""
-    prefill_tokens: int = Field(4096, ge=1)
-    """Prompt tokens computed in one pass; longer prompts are computed in chunks."""
-    cache_tokens: int | None = Field(None, ge=1)
-    """Tokens whose keys and values are kept; None: what the slots can need, but at most a quarter
-    of the machine's memory."""
-    queue: int | None = Field(None, ge=1)
-    """Requests that may wait; None: any number."""
-    draft: Draft | None = None
-    """Guesses tokens ahead: speculative decoding; None: one token a pass."""
-    prefix_folder: str | None = None
-    """Where pages of prompts are kept for later processes; None: nowhere."""
-    prefix_gigabytes: float = Field(2.0, gt=0.0)
-    """Most that one model's pages may take there."""
 
 
 class Engine:
@@ -107,6 +83,8 @@ class Engine:
         self.jobs = 0
         self.prefilled = 0
         """Prompt tokens that were really computed."""
+        self.accepted = 0
+        """Guessed tokens that were right."""
 
     @property
     def running(self) -> list[Active]:
@@ -160,15 +138,12 @@ class Engine:
                 f"n={request.n} completions need as many slots, but EngineConfig.slots is "
                 f"{self.config.slots}: raise it, or ask for fewer"
             )
-        most, room = length + self._limit(request), self.runner.pages * self.runner.page
+        most, room = length + request.limit(context), self.runner.pages * self.runner.page
         if most > room:
             raise TreadleError(
                 f"prompt and answer may take {most} tokens, but the cache holds {room}: raise "
                 "EngineConfig.cache_tokens, or lower max_tokens"
             )
-
-    def _limit(self, request: Request) -> int:
-        return min(request.sampling.max_tokens, self.runner.context - len(request.prompt))
 
     def cancel(self, job: int) -> None:
         """End a request's completions as they are; they come out of the next `step`."""
@@ -204,7 +179,8 @@ class Engine:
                 rows += [row] * len(members)
                 row += 1 + len(sequence.draft)
         if drawing:
-            self._draw(drawing, rows, logits)
+            stops = self.tokenizer.stop_ids
+            self.accepted += draw(drawing, rows, logits, stops, self.runner.context)
         self.scheduler.reap()
         return [*cancelled, *drawing]
 
@@ -254,66 +230,12 @@ class Engine:
             self.cancel(job)
             self.scheduler.reap()
 
-    def _guess(self, draft: Draft) -> None:
+    def _guess(self, guess: Draft) -> None:
         for sequence in self.running:
             sequence.draft = []
             if sequence.tokens and sequence.pending == 1:
-                room = self._limit(sequence.request) - len(sequence.tokens) - 1
-                sequence.draft = draft(sequence.slice(0, sequence.length))[: max(0, room)]
-
-    def _draw(self, sequences: list[Active], rows: list[int], logits: Float[Tensor, "N V"]) -> None:
-        """Tokens for sequences whose logits begin at `rows`; more where a guess was right."""
-        drawn = list(zip(sequences, rows, strict=True))
-        while drawn:
-            rows = [row for _, row in drawn]
-            every = rows == list(range(len(logits)))
-            self._sample([s for s, _ in drawn], logits if every else logits[rows])
-            right = []
-            for sequence, row in drawn:
-                going = sequence.finish is None and sequence.draft
-                if going and sequence.draft.pop(0) == sequence.tokens[-1]:
-                    sequence.computed += 1
-                    right.append((sequence, row + 1))
-            drawn = right
-        for sequence in sequences:
-            sequence.draft = []
-
-    def _sample(self, sequences: list[Active], logits: Float[Tensor, "B V"]) -> None:
-        stops = self.tokenizer.stop_ids
-        for row, sequence in zip(logits, sequences, strict=True):
-            request = sequence.request
-            adjust(row, request.sampling, request.prompt, sequence.tokens, stops)
-            allowed = sequence.constraint.mask() if sequence.constraint is not None else None
-            if allowed is not None:
-                forbid(row, allowed)
-        draw = sample(
-            logits,
-            [s.request.sampling for s in sequences],
-            streams=[s.index for s in sequences],
-            steps=[len(s.tokens) for s in sequences],
-        )
-        tokens, logprobs = draw.tokens.tolist(), draw.logprobs.tolist()
-        for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True):
-            sequence.tokens.append(token)
-            sequence.logprobs.append(logprob)
-            self._postprocess(sequence, token)
-        if draw.top is not None:
-            names, values = (t.tolist() for t in draw.top)
-            for row, sequence in enumerate(sequences):
-                best = zip(names[row], values[row], strict=True)
-                sequence.top.append(tuple(best)[: sequence.request.sampling.top_logprobs])
-
-    def _postprocess(self, sequence: Active, token: int) -> None:
-        if token in self.tokenizer.stop_ids:
-            sequence.end("stop")
-            return
-        sequence.text.push(token)
-        if sequence.constraint is not None:
-            sequence.constraint.advance(token)
-        if sequence.text.stopped:
-            sequence.end("stop")
-        elif len(sequence.tokens) >= self._limit(sequence.request):
-            sequence.end("length")
+                room = sequence.request.limit(self.runner.context) - len(sequence.tokens) - 1
+                sequence.draft = guess(sequence.slice(0, sequence.length))[: max(0, room)]
 
 
 def _batch(plan: list[tuple[Active, int]]) -> Batch:
