@@ -43,7 +43,7 @@ def test_text_is_that_of_plain_decoding(windows, pages: int, sampling) -> None:
     plain = engine(*windows).generate(asked)
     it = engine(*windows, pages=pages, draft=NGram(shortest=1))
     found = it.generate(asked)
-    assert it.accepted > 20
+    assert it.accepted > 5
     for mine, theirs in zip(found, plain, strict=True):
         assert [c.tokens for c in mine] == [c.tokens for c in theirs]
         for a, b in zip(mine, theirs, strict=True):
