@@ -52,6 +52,13 @@ class Letters(Problems):
         return sum(c in self.letters for c in completion) / max(1, len(completion))
 
 
+class LongLetters(Letters):
+    """Every prompt begins with the same pages."""
+
+    def problem(self, index: int) -> Problem:
+        return Problem((user(f"{'write many letters ' * 3}{index}"),), self.letters, "letters")
+
+
 def env(model: DecoderModel, folder: Path) -> Env:
     tokenizer = byte_tokenizer().with_template(TEMPLATE)
     return Env(model=model, tokenizer=tokenizer, scratch=folder)
@@ -64,6 +71,20 @@ def test_tree_logprobs_equal_those_of_sampling(tmp_path: Path) -> None:
     source = Rollouts(problems=Letters(), prompts=4, completions=3, sampling=sampling, tokens=150)
     work = next(source.open(env(model, tmp_path)))
     assert len(work.batches) > 1
+    for batch in work.batches:
+        output = GRPO()(model, batch)
+        assert float(output.metrics["mismatch"] / output.weight) < 1e-5
+
+
+def test_no_page_outlives_the_weights_that_computed_it(tmp_path: Path) -> None:
+    """The same long prompt before and after an update: behaviour is that of the new weights."""
+    model = tiny_model(5, None)
+    problems = LongLetters(letters="aeiou")
+    source = Rollouts(problems=problems, prompts=2, completions=4, sampling=Sampling(max_tokens=20))
+    stream = source.open(env(model, tmp_path))
+    next(stream)
+    model.load_state_dict(tiny_model(5, None, seed=4).state_dict())
+    work = next(stream)
     for batch in work.batches:
         output = GRPO()(model, batch)
         assert float(output.metrics["mismatch"] / output.weight) < 1e-5

@@ -4,43 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_generation import byte_tokenizer, tiny_model
+from tiny_generation import byte_tokenizer, tiny_model, variants
 
 from treadle.inference.engine import Engine, EngineConfig
 from treadle.inference.request import Request
 from treadle.inference.runner import Batch
 from treadle.inference.sampling import Sampling
 from treadle.inference.torch_runner import TorchRunner
-from treadle.models.decoder import Decoder
-from treadle.nn.alibi import ALiBi
-from treadle.nn.block import Block
-from treadle.nn.ffn.ffn import MLP
-from treadle.nn.mixers.attention import Attention
-from treadle.nn.norms import LayerNorm
-from treadle.nn.positions import NoPositions
 
 PROMPTS = [3, 17, 5, 31, 2, 9, 26, 4]
-
-
-def variants():
-    torch.manual_seed(1)
-    yield "dense", tiny_model()
-    yield "window", tiny_model(6, None, 6)
-    common = {"ffn": MLP(hidden=32), "norm": LayerNorm()}
-    for name, mixer, learned in (
-        ("alibi", Attention(heads=4, positions=ALiBi()), False),
-        ("learned", Attention(heads=4, kv_heads=1, positions=NoPositions()), True),
-        ("softcap", Attention(heads=4, kv_heads=2, softcap=3.0, window=5), False),
-    ):
-        decoder = Decoder(
-            vocab=257,
-            dim=16,
-            context=128,
-            blocks=(Block(mixer=mixer, **common),) * 2,
-            learned_positions=learned,
-            std=0.5,
-        )
-        yield name, decoder.build().eval()
 
 
 @pytest.mark.parametrize(

@@ -9,39 +9,24 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
-from jaxtyping import Float
-from pydantic import Field
-from torch import Tensor
 
-from treadle.core.config import Config
 from treadle.core.errors import TreadleError
 from treadle.inference.blocks import Blocks
 from treadle.inference.detokenizer import Detokenizer
-from treadle.inference.penalties import adjust, forbid
+from treadle.inference.draw import draw
+from treadle.inference.limits import EngineConfig as EngineConfig
+from treadle.inference.prefix_folder import PrefixFolder, fingerprint
 from treadle.inference.request import Completion, Delta, Request
 from treadle.inference.runner import Batch, Runner
-from treadle.inference.sampling import sample
 from treadle.inference.scheduler import QueueFullError, Scheduler
 from treadle.inference.sequence import Active
+from treadle.inference.speculative import Draft
 from treadle.inference.torch_runner import TorchRunner, pages_for
 from treadle.models.decoder import DecoderModel
 from treadle.tokenizers.tokenizer import Tokenizer
-
-
-class EngineConfig(Config):
-    """Limits of the engine."""
-
-    slots: int = Field(64, ge=1)
-    """Sequences that run at once."""
-    prefill_tokens: int = Field(4096, ge=1)
-    """Prompt tokens computed in one pass; longer prompts are computed in chunks."""
-    cache_tokens: int | None = Field(None, ge=1)
-    """Tokens whose keys and values are kept; None: what the slots can need, but at most a quarter
-    of the machine's memory."""
-    queue: int | None = Field(None, ge=1)
-    """Requests that may wait; None: any number."""
 
 
 class Engine:
@@ -56,28 +41,50 @@ class Engine:
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         pages = pages_for(model, config.slots, config.cache_tokens)
-        self._open(TorchRunner(model, pages=pages, autocast=autocast), tokenizer, config)
+        runner = TorchRunner(model, pages=pages, autocast=autocast)
+        mark = fingerprint(model, runner.page, autocast) if config.prefix_folder else ""
+        self._open(runner, tokenizer, config, mark)
 
     @classmethod
     def of_runner(
-        cls, runner: Runner, tokenizer: Tokenizer, config: EngineConfig = EngineConfig()
+        cls,
+        runner: Runner,
+        tokenizer: Tokenizer,
+        config: EngineConfig = EngineConfig(),
+        *,
+        mark: str = "",
     ) -> Engine:
-        """An engine over a runner that exists; its pages bound the cache."""
+        """An engine over a runner that exists; its pages bound the cache.
+
+        `mark` names the weights, the precision and the page size: see `fingerprint`.
+        """
         engine = cls.__new__(cls)
-        engine._open(runner, tokenizer, config)
+        engine._open(runner, tokenizer, config, mark)
         return engine
 
-    def _open(self, runner: Runner, tokenizer: Tokenizer, config: EngineConfig) -> None:
+    def _open(self, runner: Runner, tokenizer: Tokenizer, config: EngineConfig, mark: str) -> None:
+        folder = None
+        if config.prefix_folder is not None:
+            if not mark:
+                raise TreadleError(
+                    "EngineConfig.prefix_folder keeps pages by the model's fingerprint: "
+                    "give it to Engine.of_runner as `mark`"
+                )
+            limit = int(config.prefix_gigabytes * 1e9)
+            folder = PrefixFolder(Path(config.prefix_folder), mark, limit)
         self.runner, self.tokenizer, self.config = runner, tokenizer, config
         self.scheduler = Scheduler(
             Blocks(runner.pages, runner.page),
-            runner.copy,
+            runner,
             slots=config.slots,
             tokens=config.prefill_tokens,
+            folder=folder,
         )
         self.jobs = 0
         self.prefilled = 0
         """Prompt tokens that were really computed."""
+        self.accepted = 0
+        """Guessed tokens that were right."""
 
     @property
     def running(self) -> list[Active]:
@@ -131,15 +138,12 @@ class Engine:
                 f"n={request.n} completions need as many slots, but EngineConfig.slots is "
                 f"{self.config.slots}: raise it, or ask for fewer"
             )
-        most, room = length + self._limit(request), self.runner.pages * self.runner.page
+        most, room = length + request.limit(context), self.runner.pages * self.runner.page
         if most > room:
             raise TreadleError(
                 f"prompt and answer may take {most} tokens, but the cache holds {room}: raise "
                 "EngineConfig.cache_tokens, or lower max_tokens"
             )
-
-    def _limit(self, request: Request) -> int:
-        return min(request.sampling.max_tokens, self.runner.context - len(request.prompt))
 
     def cancel(self, job: int) -> None:
         """End a request's completions as they are; they come out of the next `step`."""
@@ -159,21 +163,24 @@ class Engine:
     def step(self) -> list[Active]:
         """Run one pass and return the sequences that were touched, finished ones too."""
         cancelled = self.scheduler.reap()
+        if self.config.draft is not None:
+            self._guess(self.config.draft)
         plan = self.scheduler.schedule()
         if not plan:
             return cancelled
         logits = self.runner.run(_batch(plan))
         self.prefilled += sum(count for sequence, count in plan if not sequence.tokens)
         self.scheduler.commit(plan)
-        drawing, rows = [], []
-        ready = [sequence for sequence, _ in plan if not sequence.pending]
-        for row, sequence in enumerate(ready):
-            members = [sequence, *self.scheduler.part(sequence)]
-            drawing += members
-            rows += [row] * len(members)
+        drawing, rows, row = [], [], 0
+        for sequence, _ in plan:
+            if not sequence.pending:
+                members = [sequence, *self.scheduler.part(sequence)]
+                drawing += members
+                rows += [row] * len(members)
+                row += 1 + len(sequence.draft)
         if drawing:
-            same = len(rows) == len(ready)
-            self._sample(drawing, logits if same else logits[rows])
+            stops = self.tokenizer.stop_ids
+            self.accepted += draw(drawing, rows, logits, stops, self.runner.context)
         self.scheduler.reap()
         return [*cancelled, *drawing]
 
@@ -223,57 +230,20 @@ class Engine:
             self.cancel(job)
             self.scheduler.reap()
 
-    def _sample(self, sequences: list[Active], logits: Float[Tensor, "B V"]) -> None:
-        stops = self.tokenizer.stop_ids
-        for row, sequence in zip(logits, sequences, strict=True):
-            request = sequence.request
-            adjust(row, request.sampling, request.prompt, sequence.tokens, stops)
-            if sequence.constraint is not None:
-                try:
-                    allowed = sequence.constraint.mask()
-                except TreadleError:  # it cannot be followed further: ends this text only
-                    sequence.end("cancelled")
-                    continue
-                if allowed is not None:
-                    forbid(row, allowed)
-        draw = sample(
-            logits,
-            [s.request.sampling for s in sequences],
-            streams=[s.index for s in sequences],
-            steps=[len(s.tokens) for s in sequences],
-        )
-        tokens, logprobs = draw.tokens.tolist(), draw.logprobs.tolist()
-        for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True):
-            if sequence.finish is not None:
-                continue
-            sequence.tokens.append(token)
-            sequence.logprobs.append(logprob)
-            self._postprocess(sequence, token)
-        if draw.top is not None:
-            names, values = (t.tolist() for t in draw.top)
-            for row, sequence in enumerate(sequences):
-                best = zip(names[row], values[row], strict=True)
-                sequence.top.append(tuple(best)[: sequence.request.sampling.top_logprobs])
-
-    def _postprocess(self, sequence: Active, token: int) -> None:
-        if token in self.tokenizer.stop_ids:
-            sequence.end("stop")
-            return
-        sequence.text.push(token)
-        if sequence.constraint is not None:
-            sequence.constraint.advance(token)
-        if sequence.text.stopped:
-            sequence.end("stop")
-        elif len(sequence.tokens) >= self._limit(sequence.request):
-            sequence.end("length")
+    def _guess(self, guess: Draft) -> None:
+        for sequence in self.running:
+            sequence.draft = []
+            if sequence.tokens and sequence.pending == 1:
+                room = sequence.request.limit(self.runner.context) - len(sequence.tokens) - 1
+                sequence.draft = guess(sequence.slice(0, sequence.length))[: max(0, room)]
 
 
 def _batch(plan: list[tuple[Active, int]]) -> Batch:
     """The tokens of a pass; logits only where a sequence's last known token is among them."""
     return Batch(
-        tokens=[t for s, n in plan for t in s.slice(s.computed, s.computed + n)],
+        tokens=[t for s, n in plan for t in (*s.slice(s.computed, s.computed + n), *s.draft)],
         counts=[n for _, n in plan],
         starts=[s.computed for s, _ in plan],
         tables=[s.table for s, _ in plan],
-        outputs=[int(n == s.pending) for s, n in plan],
+        outputs=[1 + len(s.draft) if n >= s.pending else 0 for s, n in plan],
     )

@@ -24,6 +24,10 @@ class Request:
     constraint: Constraint | None = None
     """Forked for each completion; the request's own is never advanced."""
 
+    def limit(self, context: int) -> int:
+        """Most tokens of an answer, from a model with this context."""
+        return min(self.sampling.max_tokens, context - len(self.prompt))
+
 
 @dataclass(frozen=True)
 class Completion:

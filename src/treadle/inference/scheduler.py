@@ -9,11 +9,12 @@ step alone, its text is the same as if it had never been disturbed.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable
 
 from treadle.core.cards import Card
 from treadle.core.errors import TreadleError
 from treadle.inference.blocks import Blocks
+from treadle.inference.prefix_folder import PrefixFolder
+from treadle.inference.runner import Runner
 from treadle.inference.sequence import Active
 
 CARD = Card(
@@ -33,9 +34,15 @@ class Scheduler:
     """Sequences that wait and sequences that run, over one set of pages."""
 
     def __init__(
-        self, blocks: Blocks, copy: Callable[[int, int], None], *, slots: int, tokens: int
+        self,
+        blocks: Blocks,
+        runner: Runner,
+        *,
+        slots: int,
+        tokens: int,
+        folder: PrefixFolder | None = None,
     ) -> None:
-        self.blocks, self.copy = blocks, copy
+        self.blocks, self.runner, self.folder = blocks, runner, folder
         self.slots, self.tokens = slots, tokens
         self.waiting: list[Active] = []
         self.running: list[Active] = []
@@ -50,7 +57,10 @@ class Scheduler:
         plan: list[tuple[Active, int]] = []
         for sequence in sorted(self.running, key=lambda s: s.rank):
             prefill = sequence.pending > 1
-            count = min(sequence.pending, budget) if prefill else 1
+            if self.blocks.available < len(self.running) + len(sequence.draft):
+                # Guesses are no reason to preempt anybody.
+                sequence.draft = []
+            count = min(sequence.pending, budget) if prefill else 1 + len(sequence.draft)
             if count and self._make_room(sequence, count):
                 plan.append((sequence, count))
                 budget -= count if prefill else 0
@@ -69,12 +79,17 @@ class Scheduler:
         """The pass has run: pages that became full can be found by others."""
         page = self.blocks.page
         for sequence, count in plan:
-            sequence.computed += count
+            # Guesses count when they are accepted.
+            sequence.computed += count - len(sequence.draft)
             if sequence.computed // page > len(sequence.keys):
                 known = sequence.slice(0, sequence.computed)
                 for key in self.blocks.chain(known, sequence.keys):
-                    self.blocks.name(sequence.table[len(sequence.keys)], key)
+                    place = sequence.table[len(sequence.keys)]
+                    self.blocks.name(place, key)
                     sequence.keys.append(key)
+                    prompt = len(sequence.keys) * page <= len(sequence.request.prompt)
+                    if self.folder is not None and prompt:
+                        self.folder.put(key, self.runner.save(place))
 
     def part(self, sequence: Active) -> list[Active]:
         """The prompt is computed: the request's other completions share it from here on."""
@@ -99,7 +114,11 @@ class Scheduler:
         return [s for leader in (*gone, *lost) for s in (leader, *leader.forks)]
 
     def forget(self) -> None:
-        """Nothing computed so far counts: what runs starts again from its tokens."""
+        """Nothing computed so far counts: what runs starts again from its tokens.
+
+        The folder on disk belongs to the weights of before and is not used any more.
+        """
+        self.folder = None
         for sequence in list(self.running):
             self._preempt(sequence)
         self.blocks.forget()
@@ -121,11 +140,25 @@ class Scheduler:
         if missing + bool(self.running) > self.blocks.available:
             self.blocks.release(found)
             return False
+        if self.folder is not None:
+            self._read(self.folder, known, found)
         sequence.table, sequence.computed = found, len(found) * self.blocks.page
         sequence.keys = [self.blocks.keys[page] for page in found]
         sequence.cached = min(sequence.computed, len(sequence.request.prompt))
         self.running.append(self.waiting.pop(0))
         return True
+
+    def _read(self, folder: PrefixFolder, known: list[int], found: list[int]) -> None:
+        """Add to the pages found in memory those that are on disk."""
+        keys = [self.blocks.keys[page] for page in found]
+        for key in self.blocks.chain(known[:-1], keys):
+            content = folder.get(key)
+            if content is None:
+                break
+            page = self.blocks.take()
+            self.runner.load(page, content)
+            self.blocks.name(page, key)
+            found.append(page)
 
     def _make_room(self, sequence: Active, count: int) -> bool:
         """Pages for the next tokens, if need be from those last in rank; False if it is the last
@@ -144,7 +177,7 @@ class Scheduler:
             copy = copy and self.blocks.shared(table[first])
         if copy:
             own = self.blocks.take()
-            self.copy(table[first], own)
+            self.runner.copy(table[first], own)
             self.blocks.release([table[first]])
             table[first] = own
         table += [self.blocks.take() for _ in range(missing)]
@@ -158,4 +191,5 @@ class Scheduler:
 
     def _drop(self, sequence: Active) -> None:
         self.blocks.release(sequence.table)
-        sequence.table, sequence.keys, sequence.computed = [], [], 0
+        sequence.table, sequence.keys, sequence.draft = [], [], []
+        sequence.computed = 0

@@ -34,6 +34,9 @@ class Active:
     forks: list[Active] = field(default_factory=list)
     """The request's other completions, until they part from this one after the prompt."""
 
+    draft: list[int] = field(default_factory=list)
+    """Guesses that run in this pass behind the last known token."""
+
     @property
     def rank(self) -> tuple[int, int, int]:
         """Who comes first where room is short."""

@@ -70,13 +70,9 @@ class TorchRunner(Runner):
         order = fresh + extended + decoding
         firsts = list(accumulate(batch.counts, initial=0))
         tokens = [t for i in order for t in batch.tokens[firsts[i] : firsts[i + 1]]]
-        counts = torch.tensor([batch.counts[i] for i in order])
-        starts = torch.tensor([batch.starts[i] for i in order])
-        ends = counts.cumsum(0)
-        positions = torch.arange(len(tokens)) + (starts - ends + counts).repeat_interleave(counts)
-        longest = int(positions.max()) + 1
-        places = self._places(batch, order, counts, positions)
-        context = Pass(positions.to(self.device), longest, self.store, places.to(self.device))
+        positions, places = self._positions(batch, order)
+        longest = max(positions) + 1
+        context = Pass(self._tensor(positions), longest, self.store, self._tensor(places))
         if fresh:
             layout = Layout(tuple(batch.counts[i] for i in fresh))
             context.add(Packed.of(layout, self.device), layout.tokens)
@@ -86,9 +82,11 @@ class TorchRunner(Runner):
         if decoding:
             context.add(self._decoding(batch, decoding), len(decoding))
         with self.autocast():
-            hidden = self.model(torch.tensor(tokens, device=self.device), context)
-            wanted = self._wanted(batch, order, ends.tolist())
-            return self.model.logits(hidden[wanted]).float()
+            hidden = self.model(self._tensor(tokens), context)
+            wanted = self._wanted(batch, order)
+            if wanted != list(range(len(tokens))):
+                hidden = hidden[wanted]
+            return self.model.logits(hidden).float()
 
     def _announce(self, batch: Batch, runs: list[int], decoding: list[int]) -> None:
         """Make room for the pages that are written, and forget the rows that hold old contents."""
@@ -104,22 +102,24 @@ class TorchRunner(Runner):
             self.store.reserve(max(changed))
             self.rows.forget(changed)
 
-    def _places(
-        self, batch: Batch, order: list[int], counts: Tensor, positions: Tensor
-    ) -> Int[Tensor, " N"]:
-        """Where in the page store each token goes."""
-        width = max(len(batch.tables[i]) for i in order)
-        tables = torch.tensor(
-            [batch.tables[i] + [0] * (width - len(batch.tables[i])) for i in order]
-        )
-        owner = torch.arange(len(order)).repeat_interleave(counts)
-        return tables[owner, positions // self.page] * self.page + positions % self.page
+    def _tensor(self, values: list[int]) -> Int[Tensor, " N"]:
+        return torch.tensor(values, device=self.device)
 
-    def _wanted(self, batch: Batch, order: list[int], ends: list[int]) -> Int[Tensor, " M"]:
+    def _positions(self, batch: Batch, order: list[int]) -> tuple[list[int], list[int]]:
+        """Of each token its position, and its place in the page store."""
+        positions: list[int] = []
+        places: list[int] = []
+        for i in order:
+            table, start = batch.tables[i], batch.starts[i]
+            own = range(start, start + batch.counts[i])
+            positions += own
+            places += [table[p // self.page] * self.page + p % self.page for p in own]
+        return positions, places
+
+    def _wanted(self, batch: Batch, order: list[int]) -> list[int]:
         """Flat indices of the tokens whose logits are asked for, in the batch's own order."""
-        end = dict(zip(order, ends, strict=True))
-        wanted = [t for i, count in enumerate(batch.outputs) for t in range(end[i] - count, end[i])]
-        return torch.tensor(wanted, dtype=torch.long, device=self.device)
+        end = dict(zip(order, accumulate(batch.counts[i] for i in order), strict=True))
+        return [t for i, count in enumerate(batch.outputs) for t in range(end[i] - count, end[i])]
 
     def _extended(self, batch: Batch, members: list[int]) -> Extended:
         starts = [batch.starts[i] for i in members]

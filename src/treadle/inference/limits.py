@@ -1,0 +1,28 @@
+"""What an engine may use: slots, pages, queue, disk."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from treadle.core.config import Config
+from treadle.inference.speculative import Draft
+
+
+class EngineConfig(Config):
+    """Limits of the engine."""
+
+    slots: int = Field(64, ge=1)
+    """Sequences that run at once."""
+    prefill_tokens: int = Field(4096, ge=1)
+    """Prompt tokens computed in one pass; longer prompts are computed in chunks."""
+    cache_tokens: int | None = Field(None, ge=1)
+    """Tokens whose keys and values are kept; None: what the slots can need, but at most a quarter
+    of the machine's memory."""
+    queue: int | None = Field(None, ge=1)
+    """Requests that may wait; None: any number."""
+    draft: Draft | None = None
+    """Guesses tokens ahead: speculative decoding; None: one token a pass."""
+    prefix_folder: str | None = None
+    """Where pages of prompts are kept for later processes; None: nowhere."""
+    prefix_gigabytes: float = Field(2.0, gt=0.0)
+    """Most that one model's pages may take there."""
