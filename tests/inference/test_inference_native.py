@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -136,7 +137,7 @@ def test_batched_and_in_pieces_equals_one_by_one() -> None:
     counts = [1, 1, 25, 5]
     pieces = [t[s : s + c] for t, s, c in zip(texts, first, counts, strict=True)]
     outputs = [1, 1, 0, 2]
-    out = runner.run(Batch(sum(pieces, []), counts, first, tables, outputs))
+    out = runner.run(Batch(list(chain(*pieces)), counts, first, tables, outputs))
     rest = runner.run(Batch(texts[2][45:], [5], [45], [tables[2]], [1]))
     assert_close(out[0], expected[0][-1], atol=2e-4, rtol=1e-4)
     assert_close(out[1], expected[1][-1], atol=2e-4, rtol=1e-4)

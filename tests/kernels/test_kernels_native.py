@@ -78,6 +78,6 @@ def test_compiled_once_for_each_source(tmp_path: Path, monkeypatch: pytest.Monke
     assert first.stat().st_mtime_ns == stamp
     assert compiled("-DOTHER") != first
     (sources / "library.cpp").write_text("no C++ at all")
-    with pytest.raises(TreadleError, match="could not compile.*GCC 12"):
+    with pytest.raises(TreadleError, match=r"could not compile.*GCC 12"):
         compiled()
     assert len(list((tmp_path / "cache" / "native").iterdir())) == 2
