@@ -93,7 +93,6 @@ def llama_cpp(args: argparse.Namespace) -> Mapping[str, float]:
     import numpy as np
 
     path = model_file(args)
-    lib.llama_log_set(lib.llama_log_callback(lambda *_: None), None)
     lib.llama_backend_init()
     model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
     settings = lib.llama_context_default_params()

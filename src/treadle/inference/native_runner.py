@@ -8,7 +8,6 @@ their next token, some at a piece of their prompt.
 from __future__ import annotations
 
 import ctypes
-import os
 import weakref
 from collections.abc import Callable
 from itertools import accumulate, chain
@@ -17,22 +16,27 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from treadle.core.cards import Card
 from treadle.core.errors import TreadleError
 from treadle.core.files import StrPath
-from treadle.inference.native_shape import Frequencies, frequencies_of, native_shape
+from treadle.core.machine import machine
+from treadle.inference.native_shape import frequencies_of, native_shape
 from treadle.inference.runner import Batch, Runner
 from treadle.kernels.blocks import block_format, dequantise, quantise
-from treadle.kernels.native.library import Pass, library
+from treadle.kernels.native.library import Pass, Shape, library
 from treadle.kernels.native.matrix import FORMATS, NativeMatrix
 from treadle.models.decoder import DecoderModel
 from treadle.models.families import family_of_gguf
 from treadle.models.hub.fill import applicable
 from treadle.models.hub.gguf import GGUFFile
 from treadle.models.hub.load import load_model, read_header
+from treadle.nn.block import BlockLayer
 from treadle.nn.linear import weight_of
+from treadle.nn.norms import RMSNormLayer
+from treadle.nn.rope import Frequencies
+from treadle.quantization.layers import QuantizedEmbedding, QuantizedLinear
 
 CARD = Card(
     id="inf.compile",
@@ -91,12 +95,12 @@ class NativeRunner(Runner):
         """Of each page, layer and head: keys [head_dim, page], then values [page, head_dim]."""
         self.format, self._flags = format, flags
         self._library = library(*flags)
-        self._matrices = _matrices(model, format, find, flags)
+        self._matrices = _matrices(model, shape, format, find, flags)
         self._norms = _norms(model)
         self._frequencies: Frequencies = frequencies
         self._handle: int | None = self._library.treadle_decoder(
             shape,
-            threads or len(os.sched_getaffinity(0)),
+            threads or machine()["cores"],
             (ctypes.c_void_p * len(self._matrices))(*(m.handle for m in self._matrices)),
             (ctypes.c_void_p * len(self._norms))(*(n.data_ptr() for n in self._norms)),
             frequencies.inverse.data_ptr(),
@@ -183,13 +187,32 @@ def _stored(model: DecoderModel, file: Path) -> dict[str, Blocks]:
 
 def _norms(model: DecoderModel) -> list[Float[Tensor, " D"]]:
     """The last, then both of each layer, in float32."""
-    layers = ((b.mixer_norms.before, b.ffn_norms.before) for b in model.blocks)
-    norms = [model.norm, *chain.from_iterable(layers)]
-    return [(n.weight.detach().float() + n.config.offset).contiguous() for n in norms]
+    norms = [model.norm]
+    for block in model.blocks:
+        assert isinstance(block, BlockLayer)
+        assert block.ffn_norms is not None
+        norms += [block.mixer_norms.before, block.ffn_norms.before]
+    gains = []
+    for norm in norms:
+        assert isinstance(norm, RMSNormLayer)
+        gains.append((norm.weight.detach().float() + norm.config.offset).contiguous())
+    return gains
+
+
+def _dense(model: DecoderModel, name: str) -> Float[Tensor, "out in"]:
+    module = model.get_submodule(name)
+    if isinstance(module, QuantizedEmbedding):
+        return module.weight.dense(torch.float32)
+    return module.weight if isinstance(module, nn.Embedding) else weight_of(module)
+
+
+def _is_tied(model: DecoderModel) -> bool:
+    head = model.head
+    return isinstance(head, nn.Linear | QuantizedLinear) and head.weight is model.embedding.weight
 
 
 def _matrices(
-    model: DecoderModel, format: str, find: Find, flags: tuple[str, ...]
+    model: DecoderModel, shape: Shape, format: str, find: Find, flags: tuple[str, ...]
 ) -> list[NativeMatrix]:
     """Embedding and head, then of each layer q with k and v, o, gate with up, down."""
 
@@ -200,20 +223,19 @@ def _matrices(
         if stored is not None:
             dense = dequantise(stored, block_format(kept))
         else:
-            module = model.get_submodule(name)
-            dense = module.weight if name == "embedding" else weight_of(module)
+            dense = _dense(model, name)
         return quantise(dense.detach().float(), block_format(format))
 
     def matrix(data: Tensor, format: str = format) -> NativeMatrix:
         return NativeMatrix(data, format, *flags)
 
     embedding = matrix(blocks("embedding", "Q8_0"), "Q8_0")
-    tied = model.head.weight is model.embedding.weight
-    matrices = [embedding, embedding if tied else matrix(blocks("head", "Q8_0"), "Q8_0")]
-    for layer, block in enumerate(model.blocks):
+    head = embedding if _is_tied(model) else matrix(blocks("head", "Q8_0"), "Q8_0")
+    matrices = [embedding, head]
+    heads = (shape.kv_heads, shape.head_dim)
+    for layer in range(shape.layers):
         mixer, ffn = (f"blocks.{layer}.{part}" for part in ("mixer", "ffn"))
         q, k, v = (blocks(f"{mixer}.{n}", format) for n in "qkv")
-        heads = (block.mixer.kv_heads, block.mixer.head_dim)
         kv = torch.stack((k.unflatten(0, heads), v.unflatten(0, heads)), 1).flatten(0, 2)
         gate, up = (blocks(f"{ffn}.{n}", format).unflatten(0, (-1, STRIP)) for n in ("gate", "up"))
         matrices += [

@@ -74,7 +74,8 @@ def round_groups(x: Float[Tensor, "N in"]) -> Float[Tensor, "N in"]:
     groups = x.float().unflatten(-1, (-1, GROUP))
     peak = groups.abs().amax(-1, keepdim=True)
     codes = (groups * (127 / peak).nan_to_num(0, 0, 0)).round()
-    return (codes * (peak / 127)).flatten(-2)
+    rounded: Tensor = (codes * (peak / 127)).flatten(-2)
+    return rounded
 
 
 def multiply_reference(

@@ -70,7 +70,7 @@ class Pool {
   }
 
  private:
-  static constexpr int kSpins = 20000;
+  static constexpr int kSpins = 4000;
   const pid_t process_;
   std::function<void(int)> job_;
   std::vector<std::thread> threads_;
