@@ -21,7 +21,7 @@ CARD = Card(
     id="inf.continuous",
     paper="Yu et al. 2022, Orca; Agrawal et al. 2023, SARATHI, arXiv:2308.16369",
     summary="Requests join and leave between tokens; long prompts run in chunks; preemption.",
-    recipe="treadle eval smollm2-135m-instruct gsm8k --limit 8",
+    recipe="treadle generate smollm2-135m-instruct The -n 8 --temperature 1",
     oracle="tests/inference/test_inference_continuous.py::test_random_traffic",
 )
 

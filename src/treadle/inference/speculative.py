@@ -20,7 +20,7 @@ CARD = Card(
     id="inf.speculative",
     paper="Leviathan et al. 2023, arXiv:2211.17192; Saxena 2023, prompt lookup decoding",
     summary="Guesses from n-grams of the text, verified in one pass: same text, fewer passes.",
-    recipe="treadle run quickstart steps.evaluate.engine.draft='{kind: NGram}'",
+    recipe="treadle run standard-benchmarks steps.0.engine.draft='{kind: NGram}'",
     oracle="tests/inference/test_inference_speculative.py::test_text_is_that_of_plain_decoding",
 )
 
