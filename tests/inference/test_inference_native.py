@@ -124,6 +124,22 @@ def test_rope_of_part_of_a_head_scaled_positions_and_shifted_norms() -> None:
     assert float(F.cosine_similarity(ours, same).min()) > 0.99
 
 
+def test_gates_beyond_the_range_of_exp_close() -> None:
+    """exp(100) does not fit in a float32; the gate of -100 is nothing all the same."""
+
+    def steep() -> DecoderModel:
+        model = model_of(UNTIED.replace(blocks=UNTIED.blocks[:1]))
+        with torch.no_grad():
+            model.get_parameter("blocks.0.ffn.gate.weight").mul_(200)
+        return model
+
+    runner = NativeRunner(steep(), format="Q8_0", page=PAGE, pages=1)
+    same = rounding_activations(rounded(steep(), "Q8_0"))
+    for token in range(8):
+        expected = dense_logits(same, [token])
+        assert_close(runner.run(whole([token], [0])), expected, atol=0.05, rtol=0.05)
+
+
 def test_batched_and_in_pieces_equals_one_by_one() -> None:
     """One pass with the next token of two sequences, a piece of a prompt and a new prompt."""
     runner = NativeRunner(model_of(TINY), page=PAGE, pages=20)

@@ -160,9 +160,10 @@ inline void store_bytes(int8_t* to, i32x16 v) {
 
 inline f32x16 magnitude(f32x16 x) { return largest(x, -x); }
 
-// exp(x) to 2 units in the last place, for x <= 88: 2^n e^r with |r| <= ln 2 / 2.
+// exp(x) to 2 units in the last place: 2^n e^r with |r| <= ln 2 / 2. Beyond 88 it stays at e^88, for
+// a larger n would run over into the sign.
 inline f32x16 exponential(f32x16 x) {
-  x = largest(x, all(-87.0f));
+  x = -largest(-largest(x, all(-87.0f)), all(-88.0f));
   i32x16 n = rounded(x * 1.44269504f);
   f32x16 whole = __builtin_convertvector(n, f32x16);
   f32x16 r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
