@@ -16,7 +16,12 @@ from treadle.nn.context import Packed
 from treadle.nn.layout import Layout
 from treadle.objectives.attention_transfer import AttentionMaps, ValueRelations
 from treadle.objectives.distil import Distil, TaughtBatch
-from treadle.objectives.hidden_states import HiddenStates, MeanSquared, OneMinusCosine, Projection
+from treadle.objectives.hidden_states import (
+    HiddenStates,
+    MeanSquared,
+    OneMinusCosine,
+    StudentProjection,
+)
 from treadle.objectives.observe import observe
 
 
@@ -90,7 +95,7 @@ def compare(ours: DecoderModel, loss, theirs: DecoderModel, expected) -> None:
 
 @pytest.mark.parametrize("distance", [MeanSquared(), OneMinusCosine()])
 def test_hidden_states_match_tinybert_formula(distance) -> None:
-    ours, theirs = (Projection(width=24)(student()) for _ in range(2))
+    ours, theirs = (StudentProjection(width=24)(student()) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
     assert ours.projection.weight.requires_grad
     batch = lesson(teacher())
@@ -163,7 +168,7 @@ def test_bad_terms() -> None:
             Distil(terms=(term,))(student(), batch)
     for term, message in (
         (HiddenStates(layers=(1,)), r"1 layers of the student.*2 of the teacher"),
-        (HiddenStates(layers=(0, 1)), r"width 16.*24.*Projection\(width=24\)"),
+        (HiddenStates(layers=(0, 1)), r"width 16.*24.*StudentProjection\(width=24\)"),
         (ValueRelations(layer=1, heads=3), r"width 16 cannot be cut into heads=3"),
     ):
         with pytest.raises(TreadleError, match=message):

@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from treadle.inference.request import Delta
     from treadle.inference.sampling import Sampling
 
+NATIVE = "native"
+
 
 def engine_of(target: str, device: str, config: EngineConfig | None = None) -> Engine:
-    """An engine with the model that `target` names.
+    """An engine with the model that `target` names, on a torch device or in native kernels.
 
     Raises:
-        TreadleError: there is no such model or device.
+        TreadleError: there is no such model or device, or the native kernels cannot run it.
     """
     import torch
 
@@ -27,6 +29,13 @@ def engine_of(target: str, device: str, config: EngineConfig | None = None) -> E
     from treadle.tokenizers.load import tokenizer_of
 
     opened = open_model(target)
+    if device == NATIVE:
+        from treadle.inference.native_runner import NativeRunner
+        from treadle.peft.adapter import merge
+
+        runner = NativeRunner(merge(opened.model), format="Q8_0")
+        torch.set_num_threads(1)  # torch's own threads would fight with the runner's
+        return Engine.of_runner(runner, tokenizer_of(opened), config or EngineConfig())
     try:
         model = opened.model.requires_grad_(False).eval().to(torch.device(device))
     except (RuntimeError, AssertionError) as error:

@@ -42,7 +42,7 @@ CARD = Card(
     id="inf.compile",
     paper="Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339; Kwon et al. 2023, PagedAttention",
     summary="Native kernels for processors: weights in 4 or 8 bits, paged cache, one call a pass.",
-    recipe="python benchmarks/native_decode.py --format Q4_1 --batch 1",
+    recipe="treadle generate smollm2-135m-instruct 'The loom was' --device native",
     oracle="tests/inference/test_inference_native.py::test_logits_are_those_of_the_dense_model",
 )
 

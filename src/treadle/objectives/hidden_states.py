@@ -4,7 +4,7 @@
 
 with d the mean squared error (TinyBERT) or 1 - cosine (DistilBERT). g maps student layers to the
 teacher's: `layers` here and `Live.states` of the source go in pairs. W is learned where the widths
-differ (`Projection`), and one for all layers, as in TinyBERT.
+differ (`StudentProjection`), and one for all layers, as in TinyBERT.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class HiddenStates(Term):
         return total / len(self.layers)
 
 
-class Projection(Transform):
+class StudentProjection(Transform):
     """Adds the learned matrix that takes the student's width to the teacher's."""
 
     width: int = Field(ge=1)
@@ -103,6 +103,6 @@ def _projected(model: DecoderModel, x: Float[Tensor, "M D"], width: int) -> Floa
     if x.shape[-1] != width:
         raise TreadleError(
             f"HiddenStates: the student's states have width {x.shape[-1]}, the teacher's {width}: "
-            f"add Projection(width={width}) to the run's transforms"
+            f"add StudentProjection(width={width}) to the run's transforms"
         )
     return x
