@@ -31,7 +31,7 @@ def share(text: str, low: str, high: str) -> float:
     return sum(low <= c <= high for c in text) / max(1, len(text))
 
 
-class Letters(Problems):
+class ConstrainedLetters(Problems):
     """Reward: the share of small letters; the second half of the alphabet is the dangerous one."""
 
     def problem(self, index: int) -> Problem:
@@ -51,7 +51,9 @@ class Dangerous(Reward):
         return share(completion, "n", "z")
 
 
-ROLLOUTS = Rollouts(problems=Letters(), prompts=4, completions=8, sampling=Sampling(max_tokens=8))
+ROLLOUTS = Rollouts(
+    problems=ConstrainedLetters(), prompts=4, completions=8, sampling=Sampling(max_tokens=8)
+)
 
 
 def env(model: DecoderModel, folder: Path) -> Env:
@@ -106,7 +108,7 @@ def test_the_multiplier_and_the_rewards(tmp_path: Path) -> None:
     shaped = stream._shaped(groups)
     for row, group in zip(shaped.rewards, groups, strict=True):
         for value, completion in zip(row, group.completions, strict=True):
-            r = Letters().score(group.problem, completion.text)
+            r = ConstrainedLetters().score(group.problem, completion.text)
             assert float(value) == pytest.approx((r - 2 * share(completion.text, "n", "z")) / 3)
     expected = 2 * math.exp(0.2 * (shaped.metrics["cost"] - 0.5) / 0.5)
     assert stream.multiplier == pytest.approx(expected)

@@ -27,7 +27,7 @@ from treadle.train.precision import FP32
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:"
 
 
-class Letters(Problems):
+class PPOLetters(Problems):
     """Reward: the share of the text that is letters."""
 
     weight: float = 1.0
@@ -46,7 +46,7 @@ def env(model: DecoderModel, folder: Path) -> Env:
 
 def source(**changes) -> PPORollouts:
     rollouts = Rollouts(
-        problems=Letters(), prompts=4, completions=4, sampling=Sampling(max_tokens=8)
+        problems=PPOLetters(), prompts=4, completions=4, sampling=Sampling(max_tokens=8)
     )
     return PPORollouts(rollouts=rollouts).replace(**changes)
 
@@ -74,7 +74,7 @@ def test_returns_of_a_fresh_value_head_are_the_rewards_to_come(tmp_path: Path) -
 def test_the_penalty_is_paid_at_each_token(tmp_path: Path) -> None:
     """Without a score, returns are the penalties to come: -beta sum (log pi - log ref)."""
     model = ValueHead()(tiny_model())
-    rollouts = source().rollouts.replace(problems=Letters(weight=0.0))
+    rollouts = source().rollouts.replace(problems=PPOLetters(weight=0.0))
     stream = source(rollouts=rollouts, lam=1.0, beta=0.5, gain=0.0).open(env(model, tmp_path))
     moved(model)
     next(stream)

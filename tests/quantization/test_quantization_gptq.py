@@ -23,7 +23,7 @@ from treadle.quantization.gptq import BITS, GPTQ, calibration, gptq, hessians
 from treadle.quantization.rounding import Nearest
 
 
-class Counting(Source):
+class GPTQCounting(Source):
     """Random tokens, 4 documents a step."""
 
     def open(self, env: Env) -> Stream:
@@ -119,7 +119,7 @@ def tiny() -> DecoderModel:
 def rounded_model(tmp_path: Path, format: str = "Q4_1") -> tuple[DecoderModel, dict[str, Tensor]]:
     model = tiny().requires_grad_(False)
     env = Env(model=model, tokenizer=None, scratch=tmp_path)  # type: ignore[arg-type]
-    return model, GPTQ(source=Counting(), tokens=960)(model, env, format, Silent())
+    return model, GPTQ(source=GPTQCounting(), tokens=960)(model, env, format, Silent())
 
 
 def test_the_file_holds_what_was_rounded(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_the_file_holds_what_was_rounded(tmp_path: Path) -> None:
 def test_later_blocks_see_the_rounded_ones(tmp_path: Path) -> None:
     """H of the second block is of the outputs of the rounded first."""
     model, packed = rounded_model(tmp_path)
-    config = GPTQ(source=Counting(), tokens=960)
+    config = GPTQ(source=GPTQCounting(), tokens=960)
     env = Env(model=model, tokenizer=None, scratch=tmp_path)  # type: ignore[arg-type]
     half = tiny().requires_grad_(False)
     half.blocks[0] = model.blocks[0]

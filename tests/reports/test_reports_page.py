@@ -16,6 +16,7 @@ from reports.page_reader import Element, read_page, table
 from treadle.cli.app import build
 from treadle.core.errors import FileFormatError, TreadleError
 from treadle.core.pipeline import Pipeline, execute
+from treadle.reports import numbers
 from treadle.reports.folder import read_run
 from treadle.reports.report import DATA, PAGE, write_report
 
@@ -69,8 +70,8 @@ def test_every_figure_is_on_the_page(run: Path, page: Element) -> None:
             assert (time, energy, memory) == ("–", "–", "–")
         else:
             cost = manifest(run, "export" if stage == "quantised" else stage)["cost"]
-            assert time == f"{cost['seconds']:.3g} s"
-            assert energy == f"{cost['joules'] / 3600:.3g} Wh {cost['energy']}"
+            assert time == numbers.duration(cost["seconds"])
+            assert energy == f"{numbers.energy(cost['joules'])} {cost['energy']}"
             assert memory == f"{cost['peak_bytes'] / 1e6:.3g} MB"
 
 

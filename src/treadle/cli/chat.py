@@ -15,7 +15,9 @@ MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Longest ans
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Keep the likeliest of this total chance.")]
 Seed = Annotated[int, typer.Option("--seed", help="Same seed, same text.")]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, mps; or native: C++ kernels for CPUs, 8 bits.")]
+Device = Annotated[
+    str, typer.Option("--device", help="cpu, cuda, mps; or native: C++ kernels for CPUs, 8 bits.")
+]
 
 
 def chat(

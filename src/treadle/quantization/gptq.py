@@ -33,7 +33,7 @@ from treadle.kernels.blocks import BlockFormat, block_format, dequantise, quanti
 from treadle.kernels.scales import inverse
 from treadle.models.decoder import DecoderModel
 from treadle.nn.context import Context
-from treadle.quantization.rounding import Rounding
+from treadle.quantization.rounding import FileRounding
 
 CARD = Card(
     id="q.gptq",
@@ -47,7 +47,7 @@ LAZY = 128
 """Columns after which the errors are carried to all columns behind them, in one product."""
 
 
-class GPTQ(Rounding):
+class GPTQ(FileRounding):
     """Rounds the linear layers of the blocks to Q4_0, Q4_1, Q5_0 or Q5_1."""
 
     source: Source

@@ -12,7 +12,7 @@ from treadle.data.source import Env
 from treadle.models.decoder import DecoderModel
 
 
-class Rounding(Config):
+class FileRounding(Config):
     """A shape: rounds a model's matrices to a block format before they are written."""
 
     @abstractmethod
@@ -27,7 +27,7 @@ class Rounding(Config):
         """
 
 
-class Nearest(Rounding):
+class Nearest(FileRounding):
     """Each weight by itself, to the nearest level."""
 
     def __call__(

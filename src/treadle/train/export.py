@@ -14,7 +14,7 @@ from treadle.models.hub.load import load_model
 from treadle.models.hub.save import save_gguf, save_hf
 from treadle.models.source import ModelSource, Opened, weight_bytes
 from treadle.peft.adapter import merge
-from treadle.quantization.rounding import Nearest, Rounding
+from treadle.quantization.rounding import FileRounding, Nearest
 from treadle.tokenizers.load import tokenizer_of
 from treadle.train.precision import Auto, Precision
 
@@ -29,7 +29,7 @@ class Export(Step):
     format: str = "Q4_1"
     """Block format of the GGUF file's matrices; its embedding is one step better."""
     embedding: str = "Q8_0"
-    rounding: Rounding = Nearest()
+    rounding: FileRounding = Nearest()
     precision: Precision = Auto()
     """Of the passes over calibration data, where the rounding has any."""
 
