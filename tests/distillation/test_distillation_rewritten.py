@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from distillation.test_distillation_teachers import Lines, TinyTeacher, env, workspace
 from tiny_generation import END, tiny_model
+from tiny_teachers import Lines, TinyTeacher, env, workspace
 
 from treadle.core.errors import TreadleError
 from treadle.data.batch import Piece, assemble

@@ -6,19 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_generation import byte_tokenizer, tiny_model
+from tiny_generation import tiny_model
+from tiny_teachers import OPENED, Lines, TinyTeacher, env, workspace
 
 from treadle.core.errors import ConfigError, FileFormatError, TreadleError
-from treadle.core.pipeline import Pipeline, Workspace
 from treadle.data.corpus import TextCorpus
-from treadle.data.documents import Documents
-from treadle.data.records import Text
-from treadle.data.source import Env, Work
+from treadle.data.source import Work
 from treadle.distillation.cached import Cached
 from treadle.distillation.students import Reinitialised, Thinned, thinned
 from treadle.distillation.taught import Lesson, Live, Taught
-from treadle.models.decoder import DecoderModel
-from treadle.models.source import ModelSource, Opened
 from treadle.nn.context import Packed
 from treadle.nn.layout import Layout
 from treadle.objectives.distil import Distil, HardLabels
@@ -28,46 +24,6 @@ from treadle.optim.schedules import Constant
 from treadle.train.fit import Fit, fit
 from treadle.train.parallel.plan import SingleProcess
 from treadle.train.precision import FP32
-
-OPENED: list[int] = []
-
-
-class TinyTeacher(ModelSource):
-    """A model of random weights with the tokenizer of bytes."""
-
-    vocab: int = 257
-    layers: int = 4
-
-    def open(self, workspace: Workspace) -> Opened:
-        OPENED.append(self.layers)
-        folder = workspace.root / "tokenizer"
-        byte_tokenizer().save(folder)
-        model = tiny_model(*(None,) * self.layers, seed=4)
-        if self.vocab != 257:
-            model = model.config.replace(vocab=self.vocab).build()
-        return Opened(model, folder)
-
-
-class Lines(Documents):
-    """A few lines."""
-
-    def training(self):
-        return (Text(f"line {i}: the number after {i} is {i + 1}.") for i in range(24))
-
-    def held_out(self):
-        return iter(())
-
-
-def workspace(tmp_path: Path) -> Workspace:
-    folder = tmp_path / "step"
-    folder.mkdir(exist_ok=True)
-    return Workspace(tmp_path, folder, Pipeline(name="p", steps=()))
-
-
-def env(tmp_path: Path, model: DecoderModel | None = None) -> Env:
-    work = workspace(tmp_path)
-    model = model or tiny_model()
-    return Env(model=model, tokenizer=byte_tokenizer(), scratch=work.folder, workspace=work)
 
 
 def source(lesson: Lesson, **teacher) -> Taught:

@@ -72,7 +72,7 @@ def test_every_figure_is_on_the_page(run: Path, page: Element) -> None:
             cost = manifest(run, "export" if stage == "quantised" else stage)["cost"]
             assert time == numbers.duration(cost["seconds"])
             assert energy == f"{numbers.energy(cost['joules'])} {cost['energy']}"
-            assert memory == f"{cost['peak_bytes'] / 1e6:.3g} MB"
+            assert memory == numbers.size(cost["peak_bytes"])
 
 
 def test_the_result_is_told_in_words(run: Path, page: Element) -> None:
