@@ -309,7 +309,7 @@ def test_trials_record_what_they_serve(tmp_path: Path) -> None:
     with running(offers, trials=trials, trial_log=log) as server:
         client = server.client
         for user in range(12):
-            asked = {"prompt": "abc", "max_tokens": 4, "temperature": 0, "user": str(user)}
+            asked = {"prompt": "xyz", "max_tokens": 4, "temperature": 0, "user": str(user)}
             answer = client.completions.create(model="duel", **asked)
             assert answer.model == "duel", "who votes does not know which it was"
             arm = trials[0].arm(str(user))
@@ -328,7 +328,7 @@ def test_trials_record_what_they_serve(tmp_path: Path) -> None:
     assert len(records["duel"].votes) == 12
     assert records["duel"].arms["a"].answers + records["duel"].arms["b"].answers == 12
     assert records["dark"].arms["b"].answers == 12
-    assert "abc" not in log.read_text(), "texts are not kept"
+    assert "xyz" not in log.read_text(), "texts are not kept"
 
 
 def test_engines_thread_ends_with_the_server() -> None:
