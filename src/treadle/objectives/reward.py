@@ -28,7 +28,7 @@ from treadle.objectives.objective import LossOutput, Objective
 CARD = Card(
     id="al.reward",
     paper="Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155; Llama 2, arXiv:2307.09288",
-    summary="Reward models on any decoder: pairs with margin, and rewards for each step.",
+    summary="Reward models on any decoder, trained on pairs with margins.",
     recipe="treadle run reward-model steps.0.source.pairs.path=pairs.jsonl "
     "steps.1.pairs.path=pairs.jsonl",
     oracle="tests/objectives/test_objectives_reward.py::test_loss_and_gradients_match_trl",
