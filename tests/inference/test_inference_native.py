@@ -16,7 +16,7 @@ from treadle.core.errors import TreadleError
 from treadle.inference.native_runner import NativeRunner
 from treadle.inference.runner import Batch
 from treadle.kernels.blocks import FORMATS, dequantise, quantise
-from treadle.kernels.native.library import COMPILERS
+from treadle.kernels.native.build import COMPILERS
 from treadle.kernels.native.matrix import round_groups
 from treadle.models.decoder import Decoder, DecoderModel, swap
 from treadle.models.hub.load import load_model
@@ -193,6 +193,17 @@ def test_blocks_of_a_gguf_file_are_taken_as_they_are(tmp_path: Path) -> None:
     ours = runner.run(whole(tokens, [0, 1, 2]))
     assert runner.format == "Q4_0"
     assert float(F.cosine_similarity(ours, theirs).min()) > 0.99
+
+
+@pytest.mark.parametrize("format", ["Q5_0", "F16"])
+def test_files_in_other_formats_are_rounded_by_name_only(tmp_path: Path, format: str) -> None:
+    file = tmp_path / "model.gguf"
+    save_gguf(model_of(TINY), file, format=format, metadata={"tokenizer.ggml.model": "no_vocab"})
+    with pytest.raises(TreadleError, match="name one as `format`"):
+        NativeRunner.open(file, page=PAGE, pages=4)
+    named = NativeRunner.open(file, page=PAGE, pages=4, format="Q8_0")
+    tokens = tokens_of(9)
+    assert named.run(whole(tokens, [0])).shape == (9, VOCAB)
 
 
 def with_attention(**fields: object) -> Decoder:

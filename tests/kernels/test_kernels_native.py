@@ -12,8 +12,8 @@ from torch.testing import assert_close
 
 from treadle.core.errors import TreadleError
 from treadle.kernels.blocks import FORMATS, dequantise, quantise
-from treadle.kernels.native import library as native
-from treadle.kernels.native.library import PORTABLE, compiled
+from treadle.kernels.native import build as native
+from treadle.kernels.native.build import PORTABLE, compiled
 from treadle.kernels.native.matrix import NativeMatrix, multiply_reference, round_groups
 
 needs_compiler = pytest.mark.skipif(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import accumulate, chain
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from treadle.core.machine import machine
 from treadle.inference.native_shape import frequencies_of, native_shape
 from treadle.inference.runner import Batch, Runner
 from treadle.kernels.blocks import block_format, dequantise, quantise
-from treadle.kernels.native.library import Pass, Shape, library
+from treadle.kernels.native.build import Pass, Shape, library
 from treadle.kernels.native.matrix import FORMATS, NativeMatrix
 from treadle.models.decoder import DecoderModel
 from treadle.models.families import family_of_gguf
@@ -114,13 +114,20 @@ class NativeRunner(Runner):
     def open(
         path: StrPath, *, format: str | None = None, pages: int | None = None, page: int = 32
     ) -> NativeRunner:
-        """The model of a file or folder. Of a GGUF file, weights in Q4_0, Q4_1 and Q8_0 are taken
-        as they are stored; others are rounded to `format`, by default that of its layers."""
+        """The model of a file or folder.
+
+        Args:
+            format: to which layers are rounded that are stored otherwise; None rounds none, so all
+                must lie in one of Q4_0, Q4_1 and Q8_0 in a GGUF file, whose bytes are taken.
+
+        Raises:
+            TreadleError: `format` is None and layers are stored in several formats or in another.
+        """
         model = load_model(path, dtype=torch.float32).model
         stored = _stored(model, Path(path)) if Path(path).suffix == ".gguf" else {}
-        used = [name for key, (_, name) in stored.items() if key.startswith("blocks.")]
-        most = max(set(used), key=used.count) if used else "Q4_1"
-        return NativeRunner(model, format=format or most, pages=pages, page=page, find=stored.get)
+        if format is None:
+            format = _one_format(model, stored, where=str(path))
+        return NativeRunner(model, format=format, pages=pages, page=page, find=stored.get)
 
     @torch.no_grad()
     def run(self, batch: Batch) -> Float[Tensor, "N V"]:
@@ -183,6 +190,18 @@ def _stored(model: DecoderModel, file: Path) -> dict[str, Blocks]:
             ours = rule.map.read(tuple(gguf.raw(name) for name in rule.theirs))
             found.update((name, (t, format)) for name, t in zip(rule.ours, ours, strict=True))
     return found
+
+
+def _one_format(model: DecoderModel, stored: Mapping[str, Blocks], *, where: str) -> str:
+    """The format in which all matrices of the layers are stored."""
+    matrices = [n for n, p in model.blocks.named_parameters(prefix="blocks") if p.ndim == 2]
+    found = {stored[name][1] if name in stored else "others" for name in matrices}
+    if len(found) > 1 or found == {"others"}:
+        raise TreadleError(
+            f"{where}: its layers are stored in {' and '.join(sorted(found))}; the native path "
+            f"runs one of {', '.join(FORMATS)}: name one as `format` to have them rounded to it"
+        )
+    return found.pop()
 
 
 def _norms(model: DecoderModel) -> list[Float[Tensor, " D"]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from treadle.core.errors import TreadleError
-from treadle.kernels.native.library import Shape
+from treadle.kernels.native.build import Shape
 from treadle.kernels.native.matrix import GROUP
 from treadle.models.decoder import Decoder, LinearHead, TiedHead
 from treadle.nn.ffn.ffn import GatedMLP

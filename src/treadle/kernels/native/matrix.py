@@ -17,7 +17,7 @@ from torch import Tensor
 
 from treadle.core.errors import TreadleError
 from treadle.kernels.blocks import BlockFormat, block_format, dequantise
-from treadle.kernels.native.library import library
+from treadle.kernels.native.build import library
 
 GROUP = 32
 FORMATS = ("Q4_0", "Q4_1", "Q8_0")
