@@ -41,6 +41,10 @@ CARD = Card(
 )
 
 
+class CannotShareError(TreadleError):
+    """An adapter that needs a model of its own."""
+
+
 @dataclass
 class _Known:
     folder: Path
@@ -86,7 +90,8 @@ class Adapters:
         """Offer a PEFT folder under a name.
 
         Raises:
-            TreadleError: the name is taken, or the adapter is of a kind that cannot share a batch.
+            CannotShareError: the adapter is of a kind that cannot share a batch.
+            TreadleError: the name is taken, or weights are not finite.
             FileFormatError: a broken folder, or one for another base.
             ConfigError: a kind of adapter, or a setting of it, that treadle does not have.
         """
@@ -201,7 +206,7 @@ def _parts(layer: AdapterLayer, path: str, folder: Path) -> dict[str, Tensor]:
         case IA3Linear():
             parts = {"inputs" if layer.inputs else "outputs": layer.factor}
         case _:
-            raise TreadleError(
+            raise CannotShareError(
                 f"{folder}: {type(layer.config).__name__} on `{path}` cannot share a batch with "
                 "other adapters; LoRA, AdaLoRA, DoRA and (IA)^3 on linear layers can. Merge it "
                 "(`treadle merge`) and serve it as a model of its own"

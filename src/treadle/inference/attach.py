@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from treadle.core.errors import TreadleError
 from treadle.core.files import StrPath
-from treadle.inference.adapters import Adapters
+from treadle.inference.adapters import Adapters, CannotShareError
 from treadle.inference.engine import Engine
 from treadle.inference.torch_runner import TorchRunner
 
@@ -13,14 +16,15 @@ def attach(engine: Engine, name: str, folder: StrPath) -> None:
     """Offer the adapter of a PEFT folder; a request takes it by `Request.adapter`.
 
     Raises:
-        TreadleError: the engine runs in native kernels, the name is taken, or the adapter is of a
-            kind that cannot share a batch.
+        CannotShareError: the engine runs in native kernels, or the adapter is of a kind that
+            cannot share a batch.
+        TreadleError: the name is taken, or weights are not finite.
         FileFormatError: a broken folder, or one for another base.
         ConfigError: a kind of adapter, or a setting of it, that treadle does not have.
     """
     runner = engine.runner
     if not isinstance(runner, TorchRunner):
-        raise TreadleError(
+        raise CannotShareError(
             f"adapter `{name}`: {type(runner).__name__} runs a model without adapters; take "
             "another device, or merge it (`treadle merge`)"
         )
@@ -38,9 +42,28 @@ def detach(engine: Engine, name: str) -> None:
     shelf = engine.runner.adapters
     if shelf is None:
         raise TreadleError(f"no adapter `{name}`: the engine has none")
-    users = {s.job for s in (*engine.running, *engine.waiting) if s.request.adapter == name}
+    under_way = (s for s in (*engine.running, *engine.waiting) if s.finish is None)
+    users = {s.job for s in under_way if s.request.adapter == name}
     if users:
         raise TreadleError(
             f"adapter `{name}` is in use by {len(users)} requests: let them end, or cancel them"
         )
     shelf.unload(name)
+
+
+@contextmanager
+def applied(engine: Engine, name: str | None, tokens: int) -> Iterator[None]:
+    """While it lasts, a pass of so many tokens through the engine's model takes this adapter.
+
+    Raises:
+        TreadleError: there is none of this name, or every slot is taken by requests under way.
+    """
+    shelf = engine.runner.adapters
+    if shelf is None or name is None:
+        yield
+        return
+    others = {s.request.adapter for s in engine.running if s.request.adapter is not None}
+    if not shelf.bring({name, *others}):
+        raise TreadleError(f"all {shelf.slots} adapter slots are in use; try again")
+    with shelf.routed([(name, tokens)]):
+        yield
