@@ -11,7 +11,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-import torch
 
 pytest.importorskip("fastapi")
 from openai import APIError, AsyncOpenAI, AuthenticationError, InternalServerError, RateLimitError
@@ -20,10 +19,8 @@ from tiny_generation import tiny_model
 
 from treadle.core.errors import TreadleError
 from treadle.inference.engine import Engine
-from treadle.peft.files import save_adapter
-from treadle.peft.lora import LoRA
 from treadle.serving.config import Limits, Serve
-from treadle.serving.pool import Adapted, Base
+from treadle.serving.pool import Base
 from treadle.serving.trial import Trial
 from treadle.serving.verdict import read_events
 
@@ -247,34 +244,6 @@ def test_models_are_loaded_on_demand_and_unloaded() -> None:
         pytest.raises(InternalServerError, match="does not fit"),
     ):
         server.client.completions.create(model="a", prompt="x", max_tokens=1)
-
-
-def test_an_adapter_shares_its_bases_weights(tmp_path: Path) -> None:
-    model = LoRA(rank=2, targets=("*.q",))(tiny_model(context=1024))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=1.0)
-    save_adapter(model, tmp_path / "polite", base="tiny")
-    offers = [Base("tiny", tiny_engine), Adapted("polite", "tiny", str(tmp_path / "polite"))]
-    with running(offers) as server:
-        asked = {"prompt": "abc", "max_tokens": 12, "temperature": 0}
-        adapted = server.client.completions.create(model="polite", **asked).choices[0].text
-        plain = server.client.completions.create(model="tiny", **asked).choices[0].text
-        pool = server.app.service.pool
-        base, other = (pool.workers()[name].engine.runner.model for name in ("tiny", "polite"))
-        assert base.embedding.weight is other.embedding.weight
-        assert pool._loaded_bytes() < 1.2 * sum(p.nbytes for p in base.parameters())
-    engine = tiny_engine()
-    from treadle.inference.request import Request
-    from treadle.inference.sampling import Sampling
-
-    tokens = tuple(engine.tokenizer.encode("abc"))
-    alone = Engine(model.eval(), engine.tokenizer)
-    sampling = Sampling(temperature=0, max_tokens=12)
-    assert adapted == alone.generate([Request(tokens, sampling)])[0][0].text
-    assert plain == engine.generate([Request(tokens, sampling)])[0][0].text
-    assert adapted != plain
 
 
 def test_drain_finishes_what_was_begun() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -31,10 +32,15 @@ def generate(
     regex: Annotated[
         str | None, typer.Option("--regex", help="The text matches this expression.")
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FOLDER", help="Continue by this adapter; repeatable, one batch."),
+    ] = None,
     device: Device = "cpu",
 ) -> None:
     """Continue a text."""
     from treadle.cli.voice import engine_of
+    from treadle.inference.attach import attach
     from treadle.inference.constrained import JsonSchema, Language, Regex
     from treadle.inference.request import Request
     from treadle.inference.sampling import Sampling
@@ -58,10 +64,15 @@ def generate(
         tokens = engine.tokenizer.encode(text, add_special=True)
     constraint = language.build(engine.tokenizer, engine.runner.vocab) if language else None
     request = Request(tuple(tokens), sampling, n=n, constraint=constraint)
-    (completions,) = engine.generate([request])
-    for completion in completions:
+    for folder in adapter or ():
+        attach(engine, folder, folder)
+    requests = [replace(request, adapter=folder) for folder in adapter or (None,)]
+    answers = engine.generate(requests)
+    told = [(r.adapter, c) for r, answer in zip(requests, answers, strict=True) for c in answer]
+    for name, completion in told:
         if as_json:
             row = {
+                **({} if name is None else {"adapter": name}),
                 "text": completion.text,
                 "tokens": len(completion.tokens),
                 "finish": completion.finish,
@@ -79,5 +90,6 @@ COMMAND = Command(
         "treadle generate smollm2-135m-instruct 'The loom was'",
         "treadle generate runs/quickstart 'What is 17 + 25?' --chat -n 4 --temperature 1",
         "treadle generate smollm2-135m-instruct --json < prompt.txt",
+        "treadle generate smollm2-135m-instruct 'Dear' --adapter adapters/a --adapter adapters/b",
     ),
 )

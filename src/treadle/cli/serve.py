@@ -23,8 +23,12 @@ def serve(
     ],
     adapter: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=FOLDER", help="An adapter on the first model; repeatable."),
+        typer.Option(
+            metavar="NAME=FOLDER",
+            help="An adapter on the first model, whose engine and weights it shares; repeatable.",
+        ),
     ] = None,
+    adapter_slots: Annotated[int, typer.Option(min=1, help="Adapters in memory at once.")] = 8,
     trial: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=A:B", help="An A/B test of two models; see `treadle trial`."),
@@ -73,7 +77,7 @@ def serve(
         memory_bytes=None if memory is None else int(memory * 1e9),
         drain_seconds=drain,
     )
-    offers = offers_of(models, adapter or [], device, slots)
+    offers = offers_of(models, adapter or [], device, slots, adapter_slots)
     trials = [parse_trial(text) for text in trial or ()]
     app = build(offers, config, trials=trials, trial_log=trial_log)
     listener = listen(config)
@@ -88,7 +92,9 @@ def serve(
     asyncio.run(run())
 
 
-def offers_of(models: list[str], adapters: list[str], device: str, slots: int) -> list[Offer]:
+def offers_of(
+    models: list[str], adapters: list[str], device: str, slots: int, adapter_slots: int
+) -> list[Offer]:
     """What the arguments name.
 
     Raises:
@@ -102,7 +108,7 @@ def offers_of(models: list[str], adapters: list[str], device: str, slots: int) -
     from treadle.serving.pool import Adapted, Base
 
     offers: list[Offer] = []
-    limits = EngineConfig(slots=slots)
+    limits = EngineConfig(slots=slots, adapters=adapter_slots)
     for text in models:
         name, equals, target = text.partition("=")
         if not equals:
@@ -138,7 +144,7 @@ COMMAND = Command(
     examples=(
         "treadle serve smollm2-135m-instruct",
         "treadle serve runs/quickstart small=smollm2-135m-instruct --port 9000",
-        "treadle serve smollm2-135m-instruct --adapter polite=adapters/polite",
+        "treadle serve smollm2-135m-instruct --adapter polite=adapters/a --adapter sql=adapters/b",
         "treadle serve new=runs/a old=runs/b --trial duel=new:old --trial-log votes.jsonl",
     ),
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from treadle.core.errors import TreadleError
+from treadle.core.errors import TreadleError, did_you_mean
 from treadle.inference.blocks import Blocks
 from treadle.inference.detokenizer import Detokenizer
 from treadle.inference.draw import draw
@@ -110,6 +110,8 @@ class Engine:
                 "try again when some have ended"
             )
         job, self.jobs = self.jobs, self.jobs + 1
+        shelf = self.runner.adapters
+        mark = b"" if shelf is None else shelf.mark(request.adapter)
         leader, *forks = (
             Active(
                 request,
@@ -117,6 +119,7 @@ class Engine:
                 job,
                 Detokenizer(self.tokenizer, request.sampling.stop),
                 constraint=None if request.constraint is None else request.constraint.fork(),
+                mark=mark,
             )
             for index in range(request.n)
         )
@@ -126,6 +129,11 @@ class Engine:
 
     def _check(self, request: Request) -> None:
         length, context = len(request.prompt), self.runner.context
+        if request.adapter is not None:
+            known = () if self.runner.adapters is None else self.runner.adapters.names
+            if request.adapter not in known:
+                hint = did_you_mean(request.adapter, known)
+                raise TreadleError(f"no adapter `{request.adapter}`{hint}")
         if not length:
             raise TreadleError("the prompt is empty: give at least one token")
         if length >= context:
@@ -246,4 +254,5 @@ def _batch(plan: list[tuple[Active, int]]) -> Batch:
         starts=[s.computed for s, _ in plan],
         tables=[s.table for s, _ in plan],
         outputs=[1 + len(s.draft) if n >= s.pending else 0 for s, n in plan],
+        adapters=[s.request.adapter for s, _ in plan],
     )

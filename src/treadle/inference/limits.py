@@ -20,6 +20,8 @@ class EngineConfig(Config):
     of the machine's memory."""
     queue: int | None = Field(None, ge=1)
     """Requests that may wait; None: any number."""
+    adapters: int = Field(8, ge=1)
+    """Adapters in memory at once; others that requests may name wait in their folders."""
     draft: Draft | None = None
     """Guesses tokens ahead: speculative decoding; None: one token a pass."""
     prefix_folder: str | None = None

@@ -7,10 +7,12 @@ lie. A runner owns weights and pages and turns that into logits; it knows nothin
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxtyping import Float
 from torch import Tensor
+
+from treadle.inference.adapters import Adapters
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Batch:
     """Pages of each sequence, enough for its new tokens."""
     outputs: list[int]
     """How many of the last new tokens of each sequence want logits; 0 while a prompt is unread."""
+    adapters: list[str | None] = field(default_factory=list)
+    """Of each sequence; empty: none has one."""
 
 
 class Runner(ABC):
@@ -43,6 +47,8 @@ class Runner(ABC):
     vocab: int
     context: int
     """Longest sequence."""
+    adapters: Adapters | None = None
+    """What requests may name besides the model itself; None: nothing."""
 
     @abstractmethod
     def run(self, batch: Batch) -> Float[Tensor, "N V"]:

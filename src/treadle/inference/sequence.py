@@ -24,6 +24,8 @@ class Active:
     top: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     finish: Finish | None = None
     constraint: Constraint | None = None
+    mark: bytes = b""
+    """Names the weights of the request's adapter."""
     table: list[int] = field(default_factory=list)
     computed: int = 0
     """Tokens whose keys and values are in pages."""

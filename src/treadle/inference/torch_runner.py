@@ -82,11 +82,21 @@ class TorchRunner(Runner):
         if decoding:
             context.add(self._decoding(batch, decoding), len(decoding))
         with self.autocast():
-            hidden = self.model(self._tensor(tokens), context)
+            with self._routed(batch, order, batch.counts):
+                hidden = self.model(self._tensor(tokens), context)
             wanted = self._wanted(batch, order)
             if wanted != list(range(len(tokens))):
                 hidden = hidden[wanted]
-            return self.model.logits(hidden).float()
+            with self._routed(batch, list(range(len(order))), batch.outputs):
+                return self.model.logits(hidden).float()
+
+    def _routed(
+        self, batch: Batch, order: list[int], counts: list[int]
+    ) -> AbstractContextManager[None]:
+        """Tokens in this order are taken by the adapters of their sequences."""
+        if self.adapters is None or not any(batch.adapters):
+            return nullcontext()
+        return self.adapters.routed([(batch.adapters[i], counts[i]) for i in order])
 
     def _announce(self, batch: Batch, runs: list[int], decoding: list[int]) -> None:
         """Make room for the pages that are written, and forget the rows that hold old contents."""

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from uuid import uuid4
 
 from treadle.inference.engine import Engine
@@ -145,6 +145,7 @@ class Service:
     ) -> AsyncIterator[Session]:
         async with self.pool.use(name) as worker:
             request = await asyncio.to_thread(prepare, worker.engine)
+            request = replace(request, adapter=self.pool.adapter(name))
             seconds = self.config.limits.seconds
             with worker.open(request, seconds=seconds, news=news or asyncio.Event()) as ticket:
                 yield Session(id, model, worker.engine, ticket)

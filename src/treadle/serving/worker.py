@@ -175,6 +175,17 @@ class Worker:
         value: T = await answer
         return value
 
+    def tell(self, function: Callable[[Engine], None]) -> None:
+        """Run `function` in the engine's thread between two steps; what it raises is logged."""
+
+        def command() -> None:
+            try:
+                function(self.engine)
+            except TreadleError as error:
+                log.warning("`%s`: %s", self.name, error)
+
+        self._commands.put(command)
+
     def close(self) -> None:
         """End the thread; open tickets fail."""
         self.closed = True
