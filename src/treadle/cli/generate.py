@@ -36,11 +36,21 @@ def generate(
         list[str] | None,
         typer.Option(metavar="FOLDER", help="Continue by this adapter; repeatable, one batch."),
     ] = None,
+    beams: Annotated[
+        int | None, typer.Option(min=1, help="Search with so many beams; -n of them are told.")
+    ] = None,
+    beam_groups: Annotated[
+        int, typer.Option(min=1, help="Groups of beams that part from each other.")
+    ] = 1,
+    length_penalty: Annotated[
+        float, typer.Option(help="Above 0 beams favour long texts, below 0 short ones.")
+    ] = 1.0,
     device: Device = "cpu",
 ) -> None:
     """Continue a text."""
     from treadle.cli.voice import engine_of
     from treadle.inference.attach import attach
+    from treadle.inference.beam import BeamSearch
     from treadle.inference.constrained import JsonSchema, Language, Regex
     from treadle.inference.request import Request
     from treadle.inference.sampling import Sampling
@@ -67,7 +77,11 @@ def generate(
     for folder in adapter or ():
         attach(engine, folder, folder)
     requests = [replace(request, adapter=folder) for folder in adapter or (None,)]
-    answers = engine.generate(requests)
+    if beams is None:
+        answers = engine.generate(requests)
+    else:
+        search = BeamSearch(width=beams, groups=beam_groups, length_penalty=length_penalty)
+        answers = [search(engine, request) for request in requests]
     told = [(r.adapter, c) for r, answer in zip(requests, answers, strict=True) for c in answer]
     for name, completion in told:
         if as_json:
@@ -90,6 +104,7 @@ COMMAND = Command(
         "treadle generate smollm2-135m-instruct 'The loom was'",
         "treadle generate runs/quickstart 'What is 17 + 25?' --chat -n 4 --temperature 1",
         "treadle generate smollm2-135m-instruct --json < prompt.txt",
+        "treadle generate smollm2-135m-instruct 'A loom is' --beams 6 --beam-groups 3 -n 3",
         "treadle generate smollm2-135m-instruct 'Dear' --adapter adapters/a --adapter adapters/b",
     ),
 )

@@ -103,7 +103,7 @@ class Engine:
             TreadleError: an empty prompt, or one that leaves no room in the model's context.
             QueueFullError: `EngineConfig.queue` requests wait already.
         """
-        self._check(request)
+        self.check(request)
         if self.config.queue is not None and len(self.waiting) >= self.config.queue:
             raise QueueFullError(
                 f"{len(self.waiting)} requests wait, as many as EngineConfig.queue allows: "
@@ -127,7 +127,8 @@ class Engine:
         self.scheduler.add(leader)
         return job
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
+        """Raises TreadleError where the request cannot be run, whatever else runs."""
         length, context = len(request.prompt), self.runner.context
         if request.adapter is not None:
             known = () if self.runner.adapters is None else self.runner.adapters.names
@@ -200,7 +201,7 @@ class Engine:
         `progress(finished, total)` is called as completions end.
         """
         for request in requests:
-            self._check(request)
+            self.check(request)
         queue = deque(enumerate(requests))
         total = sum(r.n for r in requests)
         places: dict[int, int] = {}
