@@ -106,8 +106,8 @@ class BeamSearch(Config):
     def _check(self, request: Request) -> None:
         if self.width % self.groups:
             raise ConfigError(
-                f"BeamSearch: width={self.width} cannot be divided into groups={self.groups} of one "
-                "size"
+                f"BeamSearch: width={self.width} cannot be divided into groups={self.groups} of "
+                "one size"
             )
         if request.n > self.width:
             raise TreadleError(
@@ -140,11 +140,11 @@ class BeamSearch(Config):
             )
             before, group.beams = group.beams, []
             try:
-                self._choose(engine, group, before, scores, branches, taken, last=last)
+                chosen = self._choose(engine, group, before, scores, branches, taken, last=last)
             finally:
                 for beam in before:
                     branches.close(beam.branch)
-            taken.update(beam.tokens[-1] for beam in group.beams)
+            taken.update(chosen)
 
     def _choose(
         self,
@@ -156,12 +156,14 @@ class BeamSearch(Config):
         taken: Counter[int],
         *,
         last: bool,
-    ) -> None:
+    ) -> list[int]:
+        """Fill the group anew; the tokens by which its texts go on."""
         width, stops = self.width // self.groups, engine.tokenizer.stop_ids
         choice = logprobs + torch.tensor([[b.score] for b in before], device=logprobs.device)
         for token, times in taken.items():
             choice[:, token] -= self.diversity * times
         # Each beam can end in each stop token, and as many that go on are still wanted.
+        chosen: list[int] = []
         best = choice.flatten().topk(min(choice.numel(), width * (1 + max(1, len(stops)))))
         for rank, (value, at) in enumerate(zip(*(t.tolist() for t in best), strict=True)):
             row, token = divmod(at, logprobs.shape[1])
@@ -171,6 +173,8 @@ class BeamSearch(Config):
             tokens = (*parent.tokens, token)
             logps = (*parent.logprobs, float(logprobs[row, token]))
             ended = token in stops
+            if not ended and len(chosen) < width:
+                chosen.append(token)
             if ended or last:
                 # What lies below the best `width` is not good enough to be an end.
                 if rank < width:
@@ -189,6 +193,7 @@ class BeamSearch(Config):
                 for beam in group.beams:
                     branches.close(beam.branch)
                 group.beams = []
+        return chosen
 
 
 def _logprobs(
