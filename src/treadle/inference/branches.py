@@ -31,6 +31,10 @@ class Branches:
 
     def __init__(self, runner: Runner, blocks: Blocks, adapter: str | None = None) -> None:
         self.runner, self.blocks, self.adapter = runner, blocks, adapter
+        if not runner.lasting:
+            raise TreadleError(
+                "a search needs pages that last: use a cache of kind Paged or Quantised"
+            )
         shelf = runner.adapters
         if shelf is not None and adapter is not None and not shelf.bring({adapter}):
             raise TreadleError(f"all {shelf.slots} adapter slots are in use; try again")

@@ -13,18 +13,20 @@ from pathlib import Path
 
 import torch
 
-from treadle.core.errors import TreadleError, did_you_mean
+from treadle.core.config import to_yaml
+from treadle.core.errors import ConfigError, TreadleError, did_you_mean
 from treadle.inference.blocks import Blocks
 from treadle.inference.detokenizer import Detokenizer
 from treadle.inference.draw import draw
 from treadle.inference.limits import EngineConfig as EngineConfig
+from treadle.inference.paged_memory import pages_for
 from treadle.inference.prefix_folder import PrefixFolder, fingerprint
 from treadle.inference.request import Completion, Delta, Request
 from treadle.inference.runner import Batch, Runner
 from treadle.inference.scheduler import QueueFullError, Scheduler
 from treadle.inference.sequence import Active
 from treadle.inference.speculative import Draft
-from treadle.inference.torch_runner import TorchRunner, pages_for
+from treadle.inference.torch_runner import TorchRunner
 from treadle.models.decoder import DecoderModel
 from treadle.tokenizers.tokenizer import Tokenizer
 
@@ -41,8 +43,9 @@ class Engine:
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         pages = pages_for(model, config.slots, config.cache_tokens)
-        runner = TorchRunner(model, pages=pages, autocast=autocast)
-        mark = fingerprint(model, runner.page, autocast) if config.prefix_folder else ""
+        runner = TorchRunner(model, pages=pages, cache=config.cache, autocast=autocast)
+        kept = to_yaml(config.cache)
+        mark = fingerprint(model, runner.page, autocast, kept) if config.prefix_folder else ""
         self._open(runner, tokenizer, config, mark)
 
     @classmethod
@@ -72,6 +75,13 @@ class Engine:
                 )
             limit = int(config.prefix_gigabytes * 1e9)
             folder = PrefixFolder(Path(config.prefix_folder), mark, limit)
+        if not runner.lasting:
+            for name, given in (("prefix_folder", folder), ("draft", config.draft)):
+                if given is not None:
+                    raise ConfigError(
+                        f"EngineConfig.{name} needs pages that last: leave it out, or use a cache "
+                        "of kind Paged or Quantised"
+                    )
         self.runner, self.tokenizer, self.config = runner, tokenizer, config
         self.scheduler = Scheduler(
             Blocks(runner.pages, runner.page),
@@ -256,4 +266,5 @@ def _batch(plan: list[tuple[Active, int]]) -> Batch:
         tables=[s.table for s, _ in plan],
         outputs=[1 + len(s.draft) if n >= s.pending else 0 for s, n in plan],
         adapters=[s.request.adapter for s, _ in plan],
+        names=[s.name for s, _ in plan],
     )

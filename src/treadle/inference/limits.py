@@ -5,6 +5,8 @@ from __future__ import annotations
 from pydantic import Field
 
 from treadle.core.config import Config
+from treadle.inference.cache import Cache
+from treadle.inference.paged_memory import Paged
 from treadle.inference.speculative import Draft
 
 
@@ -18,6 +20,8 @@ class EngineConfig(Config):
     cache_tokens: int | None = Field(None, ge=1)
     """Tokens whose keys and values are kept; None: what the slots can need, but at most a quarter
     of the machine's memory."""
+    cache: Cache = Paged()
+    """How they are kept, where plain torch runs the model."""
     queue: int | None = Field(None, ge=1)
     """Requests that may wait; None: any number."""
     adapters: int = Field(8, ge=1)
