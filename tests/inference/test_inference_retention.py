@@ -15,6 +15,7 @@ from treadle.inference.cache import Cache
 from treadle.inference.contiguous import Contiguous, RowMemory
 from treadle.inference.engine import Engine, EngineConfig
 from treadle.inference.heavy_hitters import HeavyHitters
+from treadle.inference.paged_memory import Paged
 from treadle.inference.request import Request
 from treadle.inference.rolling import Rolling
 from treadle.inference.runner import Batch
@@ -235,11 +236,10 @@ def test_learned_prefixes_are_held() -> None:
     """Prompts whole and in chunks, then answers, of a model that was tuned by a prefix."""
     model = PrefixTuning(tokens=5)(tiny_model(6, None)).eval()
     with pytest.raises(ConfigError, match="learned prefix, which pages do not hold"):
-        Engine(model, byte_tokenizer())
+        Engine(model, byte_tokenizer(), EngineConfig(cache=Paged()))
     with pytest.raises(ConfigError, match="must be kept whole: use the Contiguous cache"):
         Engine(model, byte_tokenizer(), EngineConfig(cache=Rolling()))
-    config = EngineConfig(cache=Contiguous(), prefill_tokens=11)
-    engine = Engine(model, byte_tokenizer(), config)
+    engine = Engine(model, byte_tokenizer(), EngineConfig(prefill_tokens=11))
     assert engine.runner.context == 123
     sampling = Sampling(max_tokens=10)
     requests = [Request(tuple(TEXT[i : i + 9 * i + 1]), sampling, n=2) for i in range(4)]

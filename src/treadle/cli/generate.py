@@ -11,6 +11,7 @@ import typer
 
 from treadle.cli.chat import Device, MaxTokens, Model, Seed, Temperature, TopP
 from treadle.cli.command import Command
+from treadle.cli.kinds import CacheKind, DraftKind, limits_of
 
 
 def generate(
@@ -45,6 +46,8 @@ def generate(
     length_penalty: Annotated[
         float, typer.Option(help="Above 0 beams favour long texts, below 0 short ones.")
     ] = 1.0,
+    cache: CacheKind = None,
+    draft: DraftKind = None,
     device: Device = "cpu",
 ) -> None:
     """Continue a text."""
@@ -67,7 +70,7 @@ def generate(
         stop=tuple(stop or ()),
         seed=seed,
     )
-    engine = engine_of(model, device)
+    engine = engine_of(model, device, limits_of(cache, draft))
     if chat:
         tokens = encode_prompt(engine.tokenizer, [{"role": "user", "content": text}])
     else:

@@ -16,10 +16,11 @@ import torch
 from treadle.core.config import to_yaml
 from treadle.core.errors import ConfigError, TreadleError, did_you_mean
 from treadle.inference.blocks import Blocks
+from treadle.inference.contiguous import Contiguous
 from treadle.inference.detokenizer import Detokenizer
 from treadle.inference.draw import draw
 from treadle.inference.limits import EngineConfig as EngineConfig
-from treadle.inference.paged_memory import pages_for
+from treadle.inference.paged_memory import Paged, pages_for
 from treadle.inference.prefix_folder import PrefixFolder, fingerprint
 from treadle.inference.request import Completion, Delta, Request
 from treadle.inference.runner import Batch, Runner
@@ -28,6 +29,7 @@ from treadle.inference.sequence import Active
 from treadle.inference.speculative import Draft
 from treadle.inference.torch_runner import TorchRunner
 from treadle.models.decoder import DecoderModel
+from treadle.peft.prefix import prefix_of
 from treadle.tokenizers.tokenizer import Tokenizer
 
 
@@ -43,8 +45,9 @@ class Engine:
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         pages = pages_for(model, config.slots, config.cache_tokens)
-        runner = TorchRunner(model, pages=pages, cache=config.cache, autocast=autocast)
-        kept = to_yaml(config.cache)
+        cache = config.cache or (Paged() if prefix_of(model) is None else Contiguous())
+        runner = TorchRunner(model, pages=pages, cache=cache, autocast=autocast)
+        kept = to_yaml(cache)
         mark = fingerprint(model, runner.page, autocast, kept) if config.prefix_folder else ""
         self._open(runner, tokenizer, config, mark)
 
