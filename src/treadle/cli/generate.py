@@ -11,6 +11,7 @@ import typer
 
 from treadle.cli.chat import Device, MaxTokens, Model, Seed, Temperature, TopP
 from treadle.cli.command import Command
+from treadle.cli.parallel import TensorParallel, engine_over
 
 
 def generate(
@@ -36,10 +37,10 @@ def generate(
         list[str] | None,
         typer.Option(metavar="FOLDER", help="Continue by this adapter; repeatable, one batch."),
     ] = None,
+    tensor_parallel: TensorParallel = 1,
     device: Device = "cpu",
 ) -> None:
     """Continue a text."""
-    from treadle.cli.voice import engine_of
     from treadle.inference.attach import attach
     from treadle.inference.constrained import JsonSchema, Language, Regex
     from treadle.inference.request import Request
@@ -57,17 +58,17 @@ def generate(
         stop=tuple(stop or ()),
         seed=seed,
     )
-    engine = engine_of(model, device)
-    if chat:
-        tokens = encode_prompt(engine.tokenizer, [{"role": "user", "content": text}])
-    else:
-        tokens = engine.tokenizer.encode(text, add_special=True)
-    constraint = language.build(engine.tokenizer, engine.runner.vocab) if language else None
-    request = Request(tuple(tokens), sampling, n=n, constraint=constraint)
-    for folder in adapter or ():
-        attach(engine, folder, folder)
-    requests = [replace(request, adapter=folder) for folder in adapter or (None,)]
-    answers = engine.generate(requests)
+    with engine_over(model, device, tensor_parallel) as engine:
+        if chat:
+            tokens = encode_prompt(engine.tokenizer, [{"role": "user", "content": text}])
+        else:
+            tokens = engine.tokenizer.encode(text, add_special=True)
+        constraint = language.build(engine.tokenizer, engine.runner.vocab) if language else None
+        request = Request(tuple(tokens), sampling, n=n, constraint=constraint)
+        for folder in adapter or ():
+            attach(engine, folder, folder)
+        requests = [replace(request, adapter=folder) for folder in adapter or (None,)]
+        answers = engine.generate(requests)
     told = [(r.adapter, c) for r, answer in zip(requests, answers, strict=True) for c in answer]
     for name, completion in told:
         if as_json:
