@@ -10,7 +10,7 @@ import torch
 
 from treadle.core.config import dump
 from treadle.core.errors import ConfigError, TreadleError, did_you_mean
-from treadle.models import gemma, gpt1, gpt2, llama, mistral, native, qwen
+from treadle.models import gemma, gpt1, gpt2, llama, mistral, mixtral, native, qwen, qwen_moe
 from treadle.models.decoder import Decoder
 from treadle.models.family import Family, Gguf, explicit
 from treadle.models.hub.fill import applicable, expected_shapes
@@ -21,6 +21,9 @@ FAMILIES: tuple[Family, ...] = (
     mistral.FAMILY,
     qwen.QWEN2,
     qwen.QWEN3,
+    mixtral.FAMILY,
+    qwen_moe.QWEN2_MOE,
+    qwen_moe.QWEN3_MOE,
     gemma.GEMMA,
     gemma.GEMMA2,
     gemma.GEMMA3,
