@@ -11,7 +11,7 @@ import typer
 
 from treadle.cli.chat import Device, MaxTokens, Model, Seed, Temperature, TopP
 from treadle.cli.command import Command
-from treadle.cli.parallel import TensorParallel, engine_over
+from treadle.cli.parallel import Experts, TensorParallel, engine_over
 
 
 def generate(
@@ -37,6 +37,7 @@ def generate(
         list[str] | None,
         typer.Option(metavar="FOLDER", help="Continue by this adapter; repeatable, one batch."),
     ] = None,
+    experts: Experts = None,
     tensor_parallel: TensorParallel = 1,
     device: Device = "cpu",
 ) -> None:
@@ -58,7 +59,7 @@ def generate(
         stop=tuple(stop or ()),
         seed=seed,
     )
-    with engine_over(model, device, tensor_parallel) as engine:
+    with engine_over(model, device, processes=tensor_parallel, experts=experts) as engine:
         if chat:
             tokens = encode_prompt(engine.tokenizer, [{"role": "user", "content": text}])
         else:

@@ -14,19 +14,32 @@ from treadle.cli.voice import engine_of
 if TYPE_CHECKING:
     from treadle.inference.engine import Engine
 
+Experts = Annotated[
+    int | None,
+    typer.Option("--experts", min=1, help="Experts of a layer in memory; the file has the others."),
+]
 TensorParallel = Annotated[
     int, typer.Option("--tensor-parallel", min=1, help="Processes to cut the model over.")
 ]
 
 
 @contextmanager
-def engine_over(target: str, device: str, processes: int) -> Iterator[Engine]:
+def engine_over(
+    target: str, device: str, *, processes: int = 1, experts: int | None = None
+) -> Iterator[Engine]:
     """An engine with the model that `target` names; in processes but the first, an exit.
 
+    Args:
+        processes: that hold a part of the model each.
+        experts: of each layer that are kept in memory; None: all.
+
     Raises:
-        TreadleError: there is no such model or device, it cannot be cut, or torchrun did not start
-            as many processes.
+        TreadleError: there is no such model or device, it cannot be cut, torchrun did not start as
+            many processes, or the model has no experts that could stay in its file.
     """
+    if experts is not None:
+        yield _offloaded(target, device, processes, experts)
+        return
     if processes == 1:
         yield engine_of(target, device)
         return
@@ -54,3 +67,21 @@ def engine_over(target: str, device: str, processes: int) -> Iterator[Engine]:
             runner.close()
     finally:
         dist.destroy_process_group()
+
+
+def _offloaded(target: str, device: str, processes: int, experts: int) -> Engine:
+    import torch
+
+    from treadle.core.errors import TreadleError
+    from treadle.inference.engine import Engine
+    from treadle.inference.experts import load_offloaded
+    from treadle.models.hub.pull import pull
+    from treadle.models.source import Opened
+    from treadle.tokenizers.load import tokenizer_of
+
+    if processes > 1:
+        raise TreadleError("--experts keeps them in one process: leave out --tensor-parallel")
+    folder = pull(target).path
+    loaded = load_offloaded(folder, experts=experts, dtype=torch.float32, device=device)
+    opened = Opened(loaded.model.requires_grad_(False), folder, loaded.metadata)
+    return Engine(opened.model, tokenizer_of(opened))
