@@ -11,7 +11,7 @@ import typer
 
 from treadle.cli.chat import Device, MaxTokens, Model, Seed, Temperature, TopP
 from treadle.cli.command import Command
-from treadle.cli.parallel import Experts, TensorParallel, engine_over
+from treadle.cli.parallel import Experts, TensorParallel, engine_over, told_of_experts
 
 
 def generate(
@@ -70,6 +70,8 @@ def generate(
             attach(engine, folder, folder)
         requests = [replace(request, adapter=folder) for folder in adapter or (None,)]
         answers = engine.generate(requests)
+        if experts is not None:
+            told_of_experts(engine)
     told = [(r.adapter, c) for r, answer in zip(requests, answers, strict=True) for c in answer]
     for name, completion in told:
         if as_json:

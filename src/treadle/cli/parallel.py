@@ -69,6 +69,16 @@ def engine_over(
         dist.destroy_process_group()
 
 
+def told_of_experts(engine: Engine) -> None:
+    """Say on standard error how often an expert was found in memory."""
+    from treadle.inference.experts import hit_rate
+    from treadle.inference.torch_runner import TorchRunner
+
+    assert isinstance(engine.runner, TorchRunner)
+    found, asked = hit_rate(engine.runner.model)
+    typer.secho(f"({found} of {asked} experts were in memory)", dim=True, err=True)
+
+
 def _offloaded(target: str, device: str, processes: int, experts: int) -> Engine:
     import torch
 

@@ -26,6 +26,7 @@ from treadle.models.hub.fill import Shape, applicable, check, expected_shapes, f
 from treadle.models.hub.gguf import GGUFFile
 from treadle.models.hub.gguf_header import ROPE_DIVISORS, GgufHeader
 from treadle.models.hub.safetensors import SafetensorsFolder, open_safetensors
+from treadle.models.outline import outline
 from treadle.models.weights import Rule
 
 CARD = Card(
@@ -162,8 +163,7 @@ def _filled(
     *,
     where: str,
 ) -> DecoderModel:
-    with torch.device("meta"):
-        model = decoder.build()
+    model = outline(decoder)
     rules = applicable(model, rules)
     check(expected_shapes(model, rules), found, where=where)
     wanted = [r for r in rules if not any(fnmatchcase(n, p) for n in r.ours for p in leave)]
