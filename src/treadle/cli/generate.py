@@ -12,6 +12,7 @@ import typer
 from treadle.cli.chat import Device, MaxTokens, Model, Seed, Temperature, TopP
 from treadle.cli.command import Command
 from treadle.cli.kinds import CacheKind, DraftKind, limits_of
+from treadle.cli.parallel import Experts, TensorParallel, engine_over, told_of_experts
 
 
 def generate(
@@ -48,10 +49,11 @@ def generate(
     ] = 1.0,
     cache: CacheKind = None,
     draft: DraftKind = None,
+    experts: Experts = None,
+    tensor_parallel: TensorParallel = 1,
     device: Device = "cpu",
 ) -> None:
     """Continue a text."""
-    from treadle.cli.voice import engine_of
     from treadle.inference.attach import attach
     from treadle.inference.beam import BeamSearch
     from treadle.inference.constrained import JsonSchema, Language, Regex
@@ -70,21 +72,24 @@ def generate(
         stop=tuple(stop or ()),
         seed=seed,
     )
-    engine = engine_of(model, device, limits_of(cache, draft))
-    if chat:
-        tokens = encode_prompt(engine.tokenizer, [{"role": "user", "content": text}])
-    else:
-        tokens = engine.tokenizer.encode(text, add_special=True)
-    constraint = language.build(engine.tokenizer, engine.runner.vocab) if language else None
-    request = Request(tuple(tokens), sampling, n=n, constraint=constraint)
-    for folder in adapter or ():
-        attach(engine, folder, folder)
-    requests = [replace(request, adapter=folder) for folder in adapter or (None,)]
-    if beams is None:
-        answers = engine.generate(requests)
-    else:
-        search = BeamSearch(width=beams, groups=beam_groups, length_penalty=length_penalty)
-        answers = [search(engine, request) for request in requests]
+    limits = limits_of(cache, draft)
+    with engine_over(model, device, limits, processes=tensor_parallel, experts=experts) as engine:
+        if chat:
+            tokens = encode_prompt(engine.tokenizer, [{"role": "user", "content": text}])
+        else:
+            tokens = engine.tokenizer.encode(text, add_special=True)
+        constraint = language.build(engine.tokenizer, engine.runner.vocab) if language else None
+        request = Request(tuple(tokens), sampling, n=n, constraint=constraint)
+        for folder in adapter or ():
+            attach(engine, folder, folder)
+        requests = [replace(request, adapter=folder) for folder in adapter or (None,)]
+        if beams is None:
+            answers = engine.generate(requests)
+        else:
+            search = BeamSearch(width=beams, groups=beam_groups, length_penalty=length_penalty)
+            answers = [search(engine, request) for request in requests]
+        if experts is not None:
+            told_of_experts(engine)
     told = [(r.adapter, c) for r, answer in zip(requests, answers, strict=True) for c in answer]
     for name, completion in told:
         if as_json:
