@@ -89,6 +89,11 @@ class SamplingBody(Body):
     """Own: the model may not end the text at all; `max_tokens` does."""
 
     @property
+    def with_usage(self) -> bool:
+        """A stream ends with what it used."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
     def stops(self) -> tuple[str, ...]:
         given = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return tuple(s for s in given if s)
