@@ -38,6 +38,8 @@ class Piece:
     logprobs: list[float] = field(default_factory=list)
     tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     finish: Finish | None = None
+    cached: int = 0
+    """Tokens of the prompt that had not to be computed."""
 
     def extend(self, more: Piece) -> None:
         self.text += more.text
@@ -281,7 +283,7 @@ class Worker:
         tops: list[tuple[tuple[int, float], ...]] = [()] * len(tokens)
         if sequence.request.sampling.top_logprobs:
             tops = sequence.top[sent:]
-        piece = Piece(index, text, tokens, logprobs, tops, finish)
+        piece = Piece(index, text, tokens, logprobs, tops, finish, sequence.cached)
         self.metrics.generated_tokens.labels(self.name).inc(len(piece.tokens))
         if finish is not None:
             job.ended.add(index)
