@@ -17,7 +17,7 @@ from treadle.peft.lora import LoRA, LoRALinear
 from treadle.peft.low_rank import RankStabilised
 from treadle.peft.mixture import (
     MixtureOfAdapters,
-    PerToken,
+    TokenRouting,
     Routing,
     Switched,
     TokenRouter,
@@ -67,7 +67,7 @@ def test_shares_mix_the_weights() -> None:
 def test_router_of_tokens_beside_a_loop(top: int | None) -> None:
     """Outputs, and the gradients of R and of the input."""
     torch.manual_seed(0)
-    model = mixed(PerToken(top=top))
+    model = mixed(TokenRouting(top=top))
     assert {name.rpartition(".")[2] for name in trained(model)} == {"R"}
     layer = mixtures(model)[0]
     assert isinstance(layer.router, TokenRouter)
@@ -102,7 +102,7 @@ def test_router_of_tokens_beside_a_loop(top: int | None) -> None:
 
 def test_it_starts_as_the_mean_and_nothing_else_can_train() -> None:
     expected = mixed(Switched())
-    model = mixed(PerToken())
+    model = mixed(TokenRouting())
     torch.testing.assert_close(logits(model), logits(expected), rtol=1e-4, atol=1e-4)
     assert not trained(expected)
     LoRA(rank=2, targets=("head",))(model)  # what comes later does not wake the experts
@@ -156,15 +156,15 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(ConfigError, match="expert 2 has a IA3Linear on"):
         opened(EXPERTS[0], TinyExpert(transforms=(IA3(),)))
     with pytest.raises(ConfigError, match="top=3, but there are only 2 experts"):
-        opened(*EXPERTS[:2], routing=PerToken(top=3))
+        opened(*EXPERTS[:2], routing=TokenRouting(top=3))
     with pytest.raises(ConfigError, match="2 shares for 3 experts"):
         switch(mixed(Switched()), (0.5, 0.5))
     with pytest.raises(ConfigError, match="open it with Switched"):
-        switch(mixed(PerToken()), (1.0, 0.0, 0.0))
+        switch(mixed(TokenRouting()), (1.0, 0.0, 0.0))
     with pytest.raises(ConfigError, match="has no mixture of adapters"):
         switch(tiny(), (1.0,))
     with pytest.raises(ConfigError, match="has no single weight"):
-        merge(mixed(PerToken()))
+        merge(mixed(TokenRouting()))
     with pytest.raises(ConfigError, match="expert 1 has no prompts"):
         fit_router(tiny(), [[[1, 2]], []])
 

@@ -18,7 +18,7 @@ CARD = Card(
     id="ft.continual.replay",
     paper="Ratcliff 1990; Rolnick et al. 2019, arXiv:1811.11682",
     summary="Keeps a few examples of earlier tasks and mixes them into the new one.",
-    recipe="treadle run fine-tune",
+    recipe="treadle run continual",
     oracle="tests/data/test_data_replay.py::test_share_and_buffer_are_as_asked",
 )
 

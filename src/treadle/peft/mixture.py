@@ -2,7 +2,7 @@
 
     y = W x + sum_i g_i s_i B_i A_i x
 
-    PerToken      g = softmax(R x), of which the `top` largest are kept; R [experts, in] is trained
+    TokenRouting  g = softmax(R x), of which the `top` largest are kept; R [experts, in] is trained
     Switched      g is set from outside, for all tokens or for each: a switch moves a few numbers
 
 Huang et al. 2024, LoraHub, arXiv:2307.13269; Wu et al. 2024, MoLE, arXiv:2404.13628. All experts
@@ -59,7 +59,7 @@ class Router(nn.Module):
     """A shape: `[N in] -> [N experts]`, or `[experts]` for all tokens alike."""
 
 
-class PerToken(Routing):
+class TokenRouting(Routing):
     """A trained router in each layer, equal weights at the start."""
 
     top: int | None = Field(default=None, ge=1)
@@ -67,7 +67,7 @@ class PerToken(Routing):
 
     def build(self, experts: int) -> None:
         if self.top is not None and self.top > experts:
-            raise ConfigError(f"PerToken: top={self.top}, but there are only {experts} experts")
+            raise ConfigError(f"TokenRouting: top={self.top}, but there are only {experts} experts")
 
     def router(self, width: int, experts: int, shared: Switch | None) -> Router:
         return TokenRouter(width, experts, self.top)
@@ -159,7 +159,7 @@ class MixtureOfAdapters(ModelSource):
     """Models that were trained with LoRA on one base become one; only its routers train."""
 
     experts: tuple[ModelSource, ...] = Field(min_length=2)
-    routing: Routing = PerToken()
+    routing: Routing = TokenRouting()
 
     def open(self, workspace: Workspace) -> Opened:
         opened, experts = open_experts(self.experts, workspace, "MixtureOfAdapters")
