@@ -17,10 +17,10 @@ from treadle.peft.lora import LoRA, LoRALinear
 from treadle.peft.low_rank import RankStabilised
 from treadle.peft.mixture import (
     MixtureOfAdapters,
-    TokenRouting,
     Routing,
     Switched,
     TokenRouter,
+    TokenRouting,
     mixtures,
     routed,
     switch,
