@@ -46,7 +46,7 @@ def engine_with(opened: Opened, device: str, config: EngineConfig | None = None)
         from treadle.inference.native_runner import NativeRunner
         from treadle.peft.adapter import merge
 
-        runner = NativeRunner(merge(opened.model), format="Q8_0")
+        runner = NativeRunner.of_model(merge(opened.model), format="Q8_0")
         torch.set_num_threads(1)  # torch's own threads would fight with the runner's
         return Engine.of_runner(runner, tokenizer_of(opened), config or EngineConfig())
     try:
