@@ -84,7 +84,7 @@ class NativeKernels(Sampler):
         def sample(requests: Sequence[Request]) -> list[list[Completion]]:
             context = env.model.config.context
             rows = sum(r.n * -(-(len(r.prompt) + r.limit(context)) // page) for r in requests)
-            runner = NativeRunner(env.model, format=self.format, pages=rows + 1, page=page)
+            runner = NativeRunner.of_model(env.model, format=self.format, pages=rows + 1, page=page)
             engine = Engine.of_runner(runner, env.tokenizer, EngineConfig(slots=slots))
             return engine.generate(requests)
 
