@@ -55,6 +55,10 @@ def serve(
     memory: Annotated[
         float | None, typer.Option(min=0.001, help="GB of weights that may be loaded at once.")
     ] = None,
+    prefixes: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="What was computed of prompts is kept here."),
+    ] = None,
     drain: Annotated[
         float, typer.Option(min=0.0, help="Seconds to finish answers after SIGTERM.")
     ] = 30.0,
@@ -82,6 +86,7 @@ def serve(
         drain_seconds=drain,
     )
     limits = limits_of(cache, draft, slots=slots, adapters=adapter_slots)
+    limits = limits.model_copy(update={"prefix_folder": str(prefixes) if prefixes else None})
     offers = offers_of(models, adapter or [], device, limits)
     trials = [parse_trial(text) for text in trial or ()]
     app = build(offers, config, trials=trials, trial_log=trial_log)
