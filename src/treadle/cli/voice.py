@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from treadle.cli.models import open_model
@@ -44,11 +45,15 @@ def engine_with(opened: Opened, device: str, config: EngineConfig | None = None)
                 "the native kernels keep keys and values in pages of their own: leave --cache out"
             )
         from treadle.inference.native_runner import NativeRunner
+        from treadle.inference.prefix_folder import fingerprint
         from treadle.peft.adapter import merge
 
-        runner = NativeRunner.of_model(merge(opened.model), format="Q8_0")
+        config, model, mark = config or EngineConfig(), merge(opened.model), ""
+        runner = NativeRunner.of_model(model, format="Q8_0")
         torch.set_num_threads(1)  # torch's own threads would fight with the runner's
-        return Engine.of_runner(runner, tokenizer_of(opened), config or EngineConfig())
+        if config.prefix_folder is not None:
+            mark = fingerprint(model, runner.page, nullcontext, "native Q8_0")
+        return Engine.of_runner(runner, tokenizer_of(opened), config, mark=mark)
     try:
         model = opened.model.requires_grad_(False).eval().to(torch.device(device))
     except (RuntimeError, AssertionError) as error:

@@ -77,6 +77,7 @@ def build(
         docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json",
+        responses={kind: {"model": errors.ErrorAnswer} for kind in ("4XX", "5XX")},
     )
     errors.install(http)
     for family in (chat, completions, responses, embeddings, listing, votes):

@@ -21,14 +21,14 @@ from treadle.serving.prompt import ChatPrompt, call_schema, chat_prompt
 from treadle.serving.protocol import ChatBody
 from treadle.serving.sampling import request_of
 from treadle.serving.service import Service, Session, pieces
-from treadle.serving.stream import DONE, Answer, answered, event
+from treadle.serving.stream import DONE, EITHER, Answer, answered, event
 from treadle.serving.worker import Piece
 
 
 def routes(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/chat/completions")
+    @router.post("/v1/chat/completions", responses=EITHER)
     async def chat_completions(body: ChatBody, http: Http) -> Response:
         answer = ChatAnswer(ChatRun(service, body, "chatcmpl"))
         stall = service.config.limits.stall_seconds

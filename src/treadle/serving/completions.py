@@ -19,7 +19,7 @@ from treadle.serving.logprobs import TextLogprobs
 from treadle.serving.protocol import CompletionBody
 from treadle.serving.sampling import request_of
 from treadle.serving.service import Service, Session, pieces, usage
-from treadle.serving.stream import DONE, Answer, answered, event
+from treadle.serving.stream import DONE, EITHER, Answer, answered, event
 from treadle.serving.texts import several
 
 MAX_TOKENS = 16
@@ -29,7 +29,7 @@ MAX_TOKENS = 16
 def routes(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/completions")
+    @router.post("/v1/completions", responses=EITHER)
     async def completions(body: CompletionBody, http: Http) -> Response:
         answer = TextAnswer(service, body)
         stall = service.config.limits.stall_seconds

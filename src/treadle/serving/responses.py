@@ -16,7 +16,7 @@ from treadle.serving.parse import Part, Reasoning
 from treadle.serving.protocol import CalledFunction, CallOfTool, ChatMessage
 from treadle.serving.responses_body import ResponsesBody, add_call
 from treadle.serving.service import Service, Session, pieces
-from treadle.serving.stream import Answer, answered
+from treadle.serving.stream import EITHER, Answer, answered
 from treadle.serving.stream import event as sent
 
 
@@ -24,7 +24,7 @@ def routes(service: Service) -> APIRouter:
     router = APIRouter()
     memory = Conversations(service.config.limits.remembered)
 
-    @router.post("/v1/responses")
+    @router.post("/v1/responses", responses=EITHER)
     async def responses(body: ResponsesBody, http: Http) -> Response:
         answer = ResponseAnswer(service, body, memory)
         stall = service.config.limits.stall_seconds

@@ -18,6 +18,12 @@ Events = AsyncGenerator[bytes, None]
 DONE = b"data: [DONE]\n\n"
 
 
+EITHER: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {}, "text/event-stream": {}}}
+}
+"""What the OpenAPI page says of an answer that may be streamed."""
+
+
 class Answer(ABC):
     """What a request is answered with, to be had once, in one of two ways."""
 

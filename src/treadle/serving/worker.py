@@ -235,8 +235,13 @@ class Worker:
             return
         self.engine.cancel(number)
         self._forget(job)
+        self._settle()
+
+    def _settle(self) -> None:
         if not self._jobs:
             self.engine.step()  # lets go of what has ended
+        blocks = self.engine.scheduler.blocks
+        self.metrics.pages.labels(self.name).set(blocks.pages - blocks.available)
 
     def _forget(self, job: _Job) -> None:
         """Count a job that does not finish."""
@@ -260,8 +265,7 @@ class Worker:
                 del self._jobs[sequence.job]
         for ticket, pieces in fresh.items():
             self._tell(ticket, partial(ticket.put, pieces))
-        if not self._jobs:
-            self.engine.step()  # lets go of what has ended
+        self._settle()
 
     def _time(self, job: _Job, index: int, now: float) -> None:
         if index in job.last:
