@@ -121,7 +121,7 @@ def test_tasks_never_seen() -> None:
             else LoRA(rank=4, alpha=8.0, targets=targets)(start)
         )
         optimizer = torch.optim.Adam(trained(model).values(), lr=5e-3)
-        for step in range(80):
+        for step in range(120):
             value = loss(model, seen, step)
             optimizer.zero_grad()
             value.backward()
