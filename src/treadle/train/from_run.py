@@ -8,7 +8,7 @@ from treadle.core.config import from_yaml
 from treadle.core.errors import TreadleError
 from treadle.core.pipeline import MANIFEST, Pipeline, Workspace, read_manifest
 from treadle.models.source import ModelSource, Opened
-from treadle.train.run import Run, open_trained
+from treadle.train.run import Training, open_trained
 
 PIPELINE = "pipeline.yaml"
 
@@ -48,7 +48,7 @@ def find_trained(path: Path) -> FromRun:
         TreadleError: no training step has finished.
     """
     root = path if is_run(path) else path.parent
-    steps = [s.name for s in read_pipeline(root).steps if isinstance(s, Run)]
+    steps = [s.name for s in read_pipeline(root).steps if isinstance(s, Training)]
     wanted = steps if root == path else [path.name]
     for name in reversed(wanted):
         if (root / name / MANIFEST).is_file():
