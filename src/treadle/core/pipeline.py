@@ -31,6 +31,8 @@ from treadle.core.processes import OneProcess, Processes
 from treadle.core.progress import Progress, Silent, Task
 
 MANIFEST, BEGUN, SPENT = "manifest.json", "begun.json", "spent.json"
+PIPELINE = "pipeline.yaml"
+"""What a run's folder was made with."""
 WAIT = 0.1
 """Seconds between two looks at what the first process has done."""
 
@@ -112,6 +114,11 @@ class Workspace:
         return read_manifest(self.output(step))
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run."""
+    return (folder / PIPELINE).is_file()
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """A step's record: its configuration, figures, cost, files and versions."""
     try:
@@ -140,7 +147,7 @@ def execute(pipeline: Pipeline, root: Path, progress: Progress | None = None) ->
         return
     root.mkdir(parents=True, exist_ok=True)
     with _alone(root):
-        write_text(root / "pipeline.yaml", to_yaml(pipeline))
+        write_text(root / PIPELINE, to_yaml(pipeline))
         _lead(pipeline, root, keys, progress or Silent())
 
 
