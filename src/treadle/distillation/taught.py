@@ -61,8 +61,9 @@ class Teacher:
             raise TreadleError(
                 f"the teacher has a vocabulary of its own ({vocab} tokens, the student has "
                 f"{env.model.config.vocab}), so their distributions cannot be compared token by "
-                "token: take a teacher of the student's family, or cut the student out of the "
-                "teacher (Thinned)"
+                "token: take a teacher of the student's family, cut the student out of the "
+                "teacher (Thinned), or compare them rank by rank: OtherTokenizer as the lesson "
+                "and RankedLabels as the term"
             )
 
 

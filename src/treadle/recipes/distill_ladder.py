@@ -33,6 +33,7 @@ from treadle.optim.adamw import AdamW
 from treadle.peft.lora import LoRA
 from treadle.recipes.families import QUICKSTART
 from treadle.reports.report import Report
+from treadle.reports.side_by_side import SideBySide
 from treadle.train.fit import Fit
 from treadle.train.run import Run, Trained
 
@@ -73,7 +74,7 @@ def distill_ladder() -> Pipeline:
         train("progressive", last, lesson(Cached(), assistant), Distil(terms=mixed), half),
     )
     steps = (step for run in runs for step in (run, measure(run.name)))
-    return Pipeline(name="distill-ladder", steps=(*steps, Report()))
+    return Pipeline(name="distill-ladder", steps=(*steps, SideBySide(), Report()))
 
 
 def lesson(how: Lesson, teacher: ModelSource = TEACHER, source: Source = TASK) -> Taught:
