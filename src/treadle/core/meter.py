@@ -6,9 +6,11 @@ Elsewhere it is *estimated* from processor time, and every report says which of 
 
 from __future__ import annotations
 
+import platform
 import threading
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import psutil
@@ -17,6 +19,8 @@ from treadle.core.joules import cards, packages
 
 WATTS_PER_BUSY_CORE = 7.5
 """Used for estimates only: a server core's share of a 2-4 W/core package at load plus memory."""
+
+STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -98,3 +102,16 @@ class Meter:
     def _cpu(self) -> float:
         times = self.process.cpu_times()
         return float(times.user + times.system + times.children_user + times.children_system)
+
+
+def highest_resident() -> int:
+    """Most bytes of memory that this process has had at a time."""
+    try:
+        # Not `ru_maxrss`, which on Linux begins with that of the process that started this one.
+        status = STATUS.read_text(encoding="utf-8")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError):
+        import resource
+
+        unit = 1 if platform.system() == "Darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
