@@ -1,4 +1,4 @@
-"""Prompt lookup on text that repeats itself: decoding with and without guesses, greedy, one request.
+"""Prompt lookup on text that repeats itself: greedy decoding with and without guesses.
 
 The requests ask SmolLM2-135M to give a text back: a paragraph, a list, code with a comment.
 Both texts must be the same; the ratio is that of tokens a second behind the prompt.

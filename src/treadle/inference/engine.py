@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from treadle.inference.draw import draw
 from treadle.inference.limits import EngineConfig as EngineConfig
 from treadle.inference.paged_memory import Paged, pages_for
 from treadle.inference.prefix_folder import PrefixFolder, fingerprint
+from treadle.inference.read import read
 from treadle.inference.request import Completion, Delta, Request
 from treadle.inference.runner import Batch, Runner
 from treadle.inference.scheduler import QueueFullError, Scheduler
@@ -151,8 +153,24 @@ class Engine:
             if request.adapter not in known:
                 hint = did_you_mean(request.adapter, known)
                 raise TreadleError(f"no adapter `{request.adapter}`{hint}")
+        if request.prompt_logprobs is not None and not self.runner.lasting:
+            raise TreadleError(
+                "log-probabilities of the prompt need pages that last: use a cache of kind Paged "
+                "or Quantised"
+            )
         if not length:
             raise TreadleError("the prompt is empty: give at least one token")
+        if request.prompt_logprobs is not None:
+            if not 0 <= request.prompt_logprobs <= self.runner.vocab:
+                raise TreadleError(
+                    f"prompt_logprobs={request.prompt_logprobs}: tokens are at least 0 and at most "
+                    f"the vocabulary of {self.runner.vocab}"
+                )
+            if not self.runner.lasting:
+                raise TreadleError(
+                    "prompt_logprobs need a cache that keeps whole prompts: use one of kind Paged "
+                    "or Quantised"
+                )
         if length >= context:
             raise TreadleError(
                 f"the prompt has {length} tokens, but the model's context is {context}: "
@@ -195,17 +213,21 @@ class Engine:
         plan = self.scheduler.schedule()
         if not plan:
             return cancelled
-        logits = self.runner.run(_batch(plan))
+        batch = _batch(plan)
+        logits = self.runner.run(batch)
+        ends = list(accumulate(batch.outputs))
+        for (sequence, _), end, count in zip(plan, ends, batch.outputs, strict=True):
+            if sequence.reads:
+                read(sequence, logits[end - count : end])
         self.prefilled += sum(count for sequence, count in plan if not sequence.tokens)
         self.scheduler.commit(plan)
         self.guessed += sum(len(sequence.draft) for sequence, _ in plan)
-        drawing, rows, row = [], [], 0
-        for sequence, _ in plan:
+        drawing, rows = [], []
+        for (sequence, _), end in zip(plan, ends, strict=True):
             if not sequence.pending:
                 members = [sequence, *self.scheduler.part(sequence)]
                 drawing += members
-                rows += [row] * len(members)
-                row += 1 + len(sequence.draft)
+                rows += [end - 1 - len(sequence.draft)] * len(members)
         if drawing:
             stops = self.tokenizer.stop_ids
             self.accepted += draw(drawing, rows, logits, stops, self.runner.context)
@@ -274,7 +296,7 @@ def _batch(plan: list[tuple[Active, int]]) -> Batch:
         counts=[n for _, n in plan],
         starts=[s.computed for s, _ in plan],
         tables=[s.table for s, _ in plan],
-        outputs=[1 + len(s.draft) if n >= s.pending else 0 for s, n in plan],
+        outputs=[n if s.reads else 1 + len(s.draft) if n >= s.pending else 0 for s, n in plan],
         adapters=[s.request.adapter for s, _ in plan],
         names=[s.name for s, _ in plan],
     )
