@@ -31,7 +31,7 @@ def generate(
     regex: Annotated[
         str | None, typer.Option("--regex", help="The text matches this expression.")
     ] = None,
-    device: Device = "cpu",
+    device: Device = "auto",
 ) -> None:
     """Continue a text."""
     from treadle.cli.voice import engine_of

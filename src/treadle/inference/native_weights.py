@@ -33,7 +33,11 @@ class NativeWeights(ABC):
 
     @abstractmethod
     def format_of(self, name: str) -> str:
-        """The format in which the matrix `name` will be packed."""
+        """The format in which the matrix `name` will be packed.
+
+        Raises:
+            TreadleError: it would have to be rounded, and nobody said to what.
+        """
 
     @abstractmethod
     def matrix(self, name: str, arena: Arena) -> NativeMatrix:
@@ -83,7 +87,7 @@ class StoredFile(NativeWeights):
             path does not run; embedding and head to Q8_0. None: there must be none.
 
     Raises:
-        TreadleError: `format` is None and there are such matrices; names one. Or no such file.
+        TreadleError: no such file, or the native path does not run `format`.
         FileFormatError: the file is broken.
     """
 
@@ -102,13 +106,25 @@ class StoredFile(NativeWeights):
             where=f"{path}: not a model of {header.architecture} as its metadata say",
         )
         self._rules = {ours: rule for rule in rules for ours in rule.ours}
-        if self.format is None:
-            self._require_runnable(path)
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """In which the matrices will be packed, each once.
+
+        Raises:
+            TreadleError: as `format_of`.
+        """
+        infos = {name: self.file.tensors[rule.theirs[0]] for name, rule in self._rules.items()}
+        return tuple(sorted({self.format_of(n) for n, i in infos.items() if len(i.shape) > 1}))
 
     def format_of(self, name: str) -> str:
         if (stored := self._stored(name)) in FORMATS:
             return stored
-        assert self.format is not None
+        if self.format is None:
+            raise TreadleError(
+                f"{self.file.path}: {self._rules[name].theirs[0]} is stored as {stored}; the native "
+                f"path runs {', '.join(FORMATS)}: name one as `format` to have it rounded to that"
+            )
         return self.format if name.startswith("blocks.") else OUTER
 
     def matrix(self, name: str, arena: Arena) -> NativeMatrix:
@@ -130,15 +146,6 @@ class StoredFile(NativeWeights):
     def _read(self, rule: Rule, name: str, theirs: tuple[Tensor, ...]) -> Tensor:
         """Maps of GGUF move rows, so they serve bytes as well as numbers."""
         return rule.map.read(theirs)[rule.ours.index(name)]
-
-    def _require_runnable(self, path: StrPath) -> None:
-        for rule in self._rules.values():
-            info = self.file.tensors[rule.theirs[0]]
-            if len(info.shape) > 1 and info.format not in FORMATS:
-                raise TreadleError(
-                    f"{path}: {info.name} is stored as {info.format}; the native path runs "
-                    f"{', '.join(FORMATS)}: name one as `format` to have it rounded to that"
-                )
 
     def _stored(self, name: str) -> str:
         return self.file.tensors[self._rules[name].theirs[0]].format
