@@ -122,8 +122,8 @@ class StoredFile(NativeWeights):
             return stored
         if self.format is None:
             raise TreadleError(
-                f"{self.file.path}: {self._rules[name].theirs[0]} is stored as {stored}; the native "
-                f"path runs {', '.join(FORMATS)}: name one as `format` to have it rounded to that"
+                f"{self.file.path}: {self._rules[name].theirs[0]} is stored as {stored}; the "
+                f"native path runs {', '.join(FORMATS)}: name one as `format` to have it rounded to that"
             )
         return self.format if name.startswith("blocks.") else OUTER
 
