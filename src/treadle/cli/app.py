@@ -8,6 +8,7 @@ import typer
 
 from treadle import __version__
 from treadle.cli import (
+    bench,
     chat,
     export,
     generate,
@@ -35,6 +36,7 @@ COMMANDS: tuple[Command, ...] = (
     chat.COMMAND,
     generate.COMMAND,
     serve.COMMAND,
+    bench.COMMAND,
     trial.COMMAND,
     evaluate.COMMAND,
     reason.COMMAND,

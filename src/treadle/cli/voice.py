@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from treadle.inference.engine import Engine, EngineConfig
     from treadle.inference.request import Delta
     from treadle.inference.sampling import Sampling
+    from treadle.models.decoder import Decoder
     from treadle.models.source import Opened
 
 AUTO, NATIVE = "auto", "native"
@@ -26,15 +27,23 @@ def engine_of(target: str, device: str, config: EngineConfig | None = None) -> E
 
     Args:
         device: a torch device; `native` for the native kernels, which round what is not stored in
-            few bits to 8; `auto` for them if they run a file as it is stored, else for a GPU if
-            there is one, else for the processor.
+            few bits to 8; `auto` for them where they run a file as it is stored, else `on_torch`.
 
     Raises:
         TreadleError: there is no such model or device, or the native kernels cannot run it.
     """
     file = file_of(target) if device in (AUTO, NATIVE) else None
     engine = _as_stored(file, device, config) if file else None
-    return engine or engine_with(open_model(target), device, config)
+    return engine or engine_with(open_model(target), on_torch(device), config)
+
+
+def on_torch(device: str) -> str:
+    """`device`; for `auto` a GPU if there is one, else the processor."""
+    import torch
+
+    if device != AUTO:
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _as_stored(file: Path, device: str, config: EngineConfig | None) -> Engine | None:
@@ -43,6 +52,10 @@ def _as_stored(file: Path, device: str, config: EngineConfig | None) -> Engine |
     from treadle.inference.native_choice import native_engine, native_support
     from treadle.tokenizers.tokenizer import Tokenizer
 
+    config = config or EngineConfig()
+    if device == AUTO and config.cache is not None:
+        _say("no native kernels: they keep keys and values in pages of their own")
+        return None
     found = native_support(file)
     if found.weights is None:
         if device == AUTO:
@@ -50,11 +63,11 @@ def _as_stored(file: Path, device: str, config: EngineConfig | None) -> Engine |
         return None
     _say(f"native kernels: {found.why}")
     tokenizer = Tokenizer.from_gguf(found.weights.file.metadata)
-    return native_engine(found.weights, tokenizer, config or EngineConfig())
+    return native_engine(found.weights, tokenizer, config)
 
 
 def engine_with(opened: Opened, device: str, config: EngineConfig | None = None) -> Engine:
-    """An engine with a model that is open already; `auto` takes no native kernels for it.
+    """An engine with a model that is open already, on a torch device or in native kernels.
 
     Raises:
         TreadleError: there is no such device, or the native kernels cannot run the model.
@@ -73,13 +86,34 @@ def engine_with(opened: Opened, device: str, config: EngineConfig | None = None)
 
         _say("native kernels: weights rounded to Q8_0")
         return native_engine(RoundedModel(merge(opened.model), "Q8_0"), tokenizer, config)
-    if device == AUTO:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         model = opened.model.requires_grad_(False).eval().to(torch.device(device))
     except (RuntimeError, AssertionError) as error:
         raise TreadleError(f"device `{device}` cannot be used: {error}") from None
     return Engine(model, tokenizer, config)
+
+
+def decoder_of(engine: Engine) -> Decoder:
+    """The architecture of the model behind an engine of `engine_of`."""
+    from treadle.inference.native_runner import NativeRunner
+    from treadle.inference.torch_runner import TorchRunner
+
+    runner = engine.runner
+    if isinstance(runner, NativeRunner):
+        return runner.decoder
+    assert isinstance(runner, TorchRunner)
+    return runner.model.config
+
+
+def place_of(engine: Engine) -> str:
+    """Where an engine of `engine_of` computes: `native`, or a torch device."""
+    from treadle.inference.native_runner import NativeRunner
+    from treadle.inference.torch_runner import TorchRunner
+
+    if isinstance(engine.runner, NativeRunner):
+        return NATIVE
+    assert isinstance(engine.runner, TorchRunner)
+    return str(engine.runner.device)
 
 
 def _say(line: str) -> None:

@@ -64,8 +64,13 @@ def native_engine(
     torch is told to compute on one thread: its threads would fight with the kernels' own.
 
     Raises:
-        TreadleError: the native path does not run the model, or there is no compiler.
+        TreadleError: the native path does not run the model, or there is no compiler, or `config`
+            asks for another cache.
     """
+    if config.cache is not None:
+        raise TreadleError(
+            "the native kernels keep keys and values in pages of their own: leave --cache out"
+        )
     pages = native_pages(weights, config)
     torch.set_num_threads(1)
     return Engine.of_runner(NativeRunner(weights, pages=pages, page=PAGE), tokenizer, config)

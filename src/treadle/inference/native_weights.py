@@ -121,9 +121,10 @@ class StoredFile(NativeWeights):
         if (stored := self._stored(name)) in FORMATS:
             return stored
         if self.format is None:
+            theirs = self._rules[name].theirs[0]
             raise TreadleError(
-                f"{self.file.path}: {self._rules[name].theirs[0]} is stored as {stored}; the "
-                f"native path runs {', '.join(FORMATS)}: name one as `format` to have it rounded to that"
+                f"{self.file.path}: {theirs} is stored as {stored}; the native path runs "
+                f"{', '.join(FORMATS)}: name one as `format` to have it rounded to that"
             )
         return self.format if name.startswith("blocks.") else OUTER
 

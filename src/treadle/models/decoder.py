@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from treadle.core.config import Config
 from treadle.nn.block import Block
 from treadle.nn.context import Context, Packed
+from treadle.nn.ffn.moe import Experts
 from treadle.nn.layout import Layout
 from treadle.nn.linear import weight_of
 from treadle.nn.norms import Norm, RMSNorm
@@ -104,6 +105,8 @@ class DecoderModel(nn.Module):
                 nn.init.normal_(module.weight, std=residual if writes else self.config.std)
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
+            elif isinstance(module, Experts) and not module.gate.is_meta:
+                module.initialise(self.config.std, residual)
 
     def forward(
         self, tokens: Int[Tensor, "..."], context: Context | None = None

@@ -20,7 +20,9 @@ from starlette.requests import Request as Http
 from starlette.responses import Response
 from torch import Tensor
 
+from treadle.inference.attach import applied
 from treadle.inference.engine import Engine
+from treadle.inference.native_runner import NativeRunner
 from treadle.nn.context import Packed
 from treadle.nn.layout import Layout
 from treadle.serving.errors import ApiError, reply
@@ -51,7 +53,8 @@ async def _embeddings(service: Service, body: EmbeddingBody) -> dict[str, Any]:
         service.pool.use(body.model) as worker,
     ):
         for text in texts:  # one at a time: chats in the same engine go on between them
-            tokens, vector = await worker.call(partial(_embed, text=text))
+            adapter = service.pool.adapter(body.model)
+            tokens, vector = await worker.call(partial(_embed, text=text, adapter=adapter))
             if body.dimensions not in (None, len(vector)):
                 message = f"`dimensions`: this model's embeddings have {len(vector)}"
                 raise ApiError(400, message, param="dimensions")
@@ -62,20 +65,25 @@ async def _embeddings(service: Service, body: EmbeddingBody) -> dict[str, Any]:
     return {"object": "list", "data": data, "model": body.model, "usage": usage}
 
 
-def _embed(engine: Engine, text: Text) -> tuple[int, Float[np.ndarray, " D"]]:
+def _embed(engine: Engine, text: Text, adapter: str | None) -> tuple[int, Float[np.ndarray, " D"]]:
     tokens = engine.tokenizer.encode(text, add_special=True) if isinstance(text, str) else text
     room_after(tokens, engine)
-    return len(tokens), mean_hidden(engine, tokens).numpy()
+    return len(tokens), mean_hidden(engine, tokens, adapter).numpy()
 
 
 @torch.inference_mode()
-def mean_hidden(engine: Engine, tokens: list[int]) -> Float[Tensor, " D"]:
+def mean_hidden(
+    engine: Engine, tokens: list[int], adapter: str | None = None
+) -> Float[Tensor, " D"]:
     """The unit vector of a text."""
-    runner = runner_of(engine)
-    device = runner.device
-    context = Packed.of(Layout((len(tokens),)), device)
-    with runner.autocast():
-        hidden = runner.model(torch.tensor(tokens, device=device), context)
+    if isinstance(engine.runner, NativeRunner):
+        hidden = engine.runner.hidden(tokens)
+    else:
+        runner = runner_of(engine)
+        device = runner.device
+        context = Packed.of(Layout((len(tokens),)), device)
+        with runner.autocast(), applied(engine, adapter, len(tokens)):
+            hidden = runner.model(torch.tensor(tokens, device=device), context)
     return torch.nn.functional.normalize(hidden.float().mean(0), dim=0).cpu()
 
 
