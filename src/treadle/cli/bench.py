@@ -36,7 +36,7 @@ def bench(
         float, typer.Option(min=0.0, help="Grams of CO2 for a kWh; 475 is the world's mean.")
     ] = 475.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
-    device: Device = "cpu",
+    device: Device = "auto",
 ) -> None:
     """Measure how fast a model or a server answers, and what energy that takes."""
     from treadle.evals.speed import Workload
@@ -52,16 +52,14 @@ def bench(
 def _of_model(model: str, load: Workload, device: str, grid: float) -> dict[str, Any]:
     import time
 
-    from treadle.cli.models import open_model
-    from treadle.cli.voice import engine_with
+    from treadle.cli.voice import decoder_of, engine_of, place_of
     from treadle.core.meter import Meter
     from treadle.evals.energy import energy, operations
     from treadle.evals.speed import measure, speed
     from treadle.inference.engine import EngineConfig
 
-    opened = open_model(model)
-    flops = operations(opened.model.config, load.prompt, load.output)
-    engine = engine_with(opened, device, EngineConfig(slots=load.batch))
+    engine = engine_of(model, device, EngineConfig(slots=load.batch))
+    flops = operations(decoder_of(engine), load.prompt, load.output)
     warm = load.model_copy(update={"rounds": 1})
     measure(engine, warm, time.perf_counter)  # what is compiled or packed is no part of the energy
     with Meter() as meter:
@@ -69,7 +67,7 @@ def _of_model(model: str, load: Workload, device: str, grid: float) -> dict[str,
         cost = meter.cost()
     answers = load.batch * (load.rounds + 1)
     return {
-        **_head(model, device, load),
+        **_head(model, place_of(engine), load),
         **speed(timelines).plain(),
         "energy": vars(energy(cost, answers * load.output, grid)),
         "operations": flops,

@@ -13,6 +13,7 @@ from treadle.cli.chat import Device, MaxTokens, Model, Seed, Temperature, TopP
 from treadle.cli.command import Command
 from treadle.cli.kinds import CacheKind, DraftKind, limits_of
 from treadle.cli.parallel import Experts, TensorParallel, engine_over, told_of_experts
+from treadle.cli.voice import on_torch
 
 
 def generate(
@@ -61,7 +62,7 @@ def generate(
     draft: DraftKind = None,
     experts: Experts = None,
     tensor_parallel: TensorParallel = 1,
-    device: Device = "cpu",
+    device: Device = "auto",
 ) -> None:
     """Continue a text."""
     from treadle.core.errors import TreadleError
@@ -88,6 +89,8 @@ def generate(
         seed=seed,
     )
     limits = limits_of(cache, draft)
+    if adapter or experts or tensor_parallel > 1:
+        device = on_torch(device)
     with engine_over(model, device, limits, processes=tensor_parallel, experts=experts) as engine:
         if compress is not None:
             text = compress_text(engine, text, CompressPrompt(rate=compress))

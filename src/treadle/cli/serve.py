@@ -68,7 +68,7 @@ def serve(
     ] = 1,
     cache: CacheKind = None,
     draft: DraftKind = None,
-    device: Device = "cpu",
+    device: Device = "auto",
 ) -> None:
     """Answer the OpenAI protocol, and show a chat page."""
     _need_extra()
@@ -131,7 +131,7 @@ def offers_of(
     """
     from functools import partial
 
-    from treadle.cli.voice import engine_of
+    from treadle.cli.voice import engine_of, on_torch
     from treadle.core.errors import TreadleError
     from treadle.serving.pool import Adapted, Base
 
@@ -140,7 +140,9 @@ def offers_of(
         name, equals, target = text.partition("=")
         if not equals:
             name, target = (Path(text).name if Path(text).exists() else text), text
-        offers.append(Base(name, partial(engine_of, target, device, limits)))
+        adapted = adapters and not offers
+        chosen = on_torch(device) if adapted else device  # native kernels run no adapters
+        offers.append(Base(name, partial(engine_of, target, chosen, limits)))
     for text in adapters:
         name, equals, folder = text.partition("=")
         if not (name and folder):

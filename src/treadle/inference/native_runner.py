@@ -77,7 +77,7 @@ class NativeRunner(Runner):
     ) -> None:
         if page < 1 or page % 16:
             raise TreadleError(f"page={page}: native pages hold a multiple of 16 tokens")
-        decoder = weights.decoder
+        self.decoder = decoder = weights.decoder
         self._plan = native_plan(decoder, page)
         shape = self._plan.shape
         self.page, self.context, self.vocab = page, shape.context, shape.vocab
@@ -112,7 +112,6 @@ class NativeRunner(Runner):
             (ctypes.c_int32 * shape.layers)(*self._plan.windows),
             (ctypes.c_int32 * shape.layers)(*self._plan.rope_of),
             self._ropes,
-            self.cache.data_ptr(),
         )
         if self._handle is None:
             raise TreadleError("the native decoder got no memory or threads; free some")
@@ -165,16 +164,44 @@ class NativeRunner(Runner):
         )
 
     @property
+    def nbytes(self) -> int:
+        """Of the matrices."""
+        return sum(packed_bytes(m.rows, m.columns, m.format.name) for m in self.matrices)
+
+    @property
     def formats(self) -> tuple[str, ...]:
         """Of the matrices, each once."""
         return tuple(sorted({m.format.name for m in self.matrices}))
 
-    @torch.no_grad()
     def run(self, batch: Batch) -> Float[Tensor, "N V"]:
         self._check(batch)
         # Rows a multiple of 4 KB apart would fight for the same places of the caches.
         stride = -(-self.vocab // STRIP) * STRIP + STRIP // 2
         logits = self._results.take(sum(batch.outputs), stride)
+        self._pass(batch, self.cache, logits=logits)
+        return logits[:, : self.vocab]
+
+    def hidden(self, tokens: list[int]) -> Float[Tensor, "N D"]:
+        """The last layer's normed rows of a text, read by itself, without touching the pages.
+
+        Raises:
+            TreadleError: it is longer than the context, or has a token of no vocabulary.
+        """
+        pages = -(-len(tokens) // self.page)
+        batch = Batch(tokens, [len(tokens)], [0], [list(range(pages))], [len(tokens)])
+        self._check(batch, pages=pages)
+        hidden = torch.empty(len(tokens), self._plan.shape.dim)
+        self._pass(batch, self.cache.new_empty(pages, *self.cache.shape[1:]), hidden=hidden)
+        return hidden
+
+    def _pass(
+        self,
+        batch: Batch,
+        cache: Tensor,
+        *,
+        logits: Tensor | None = None,
+        hidden: Tensor | None = None,
+    ) -> None:
         at = list(accumulate((len(table) for table in batch.tables), initial=0))
         arrays = [
             np.asarray(values, dtype=np.int32)
@@ -182,18 +209,18 @@ class NativeRunner(Runner):
         ]
         arrays.append(np.fromiter(chain.from_iterable(batch.tables), np.int32, at[-1]))
         arrays.append(np.asarray(at[:-1], dtype=np.int32))
-        pointers = [array.ctypes.data for array in arrays]
-        done = self._library.treadle_run(
-            self._handle, Pass(len(batch.counts), *pointers, logits.data_ptr(), stride)
-        )
+        results = [None if t is None else t.data_ptr() for t in (logits, hidden)]
+        pointers = [*(array.ctypes.data for array in arrays), cache.data_ptr(), *results]
+        stride = 0 if logits is None else logits.shape[1]
+        done = self._library.treadle_run(self._handle, Pass(len(batch.counts), *pointers, stride))
         if done == 2:
             raise TreadleError("a native runner does not outlive a fork; make one in the child")
         if done:
             raise TreadleError("no memory for this pass; read prompts in smaller pieces")
-        return logits[:, : self.vocab]
 
-    def _check(self, batch: Batch) -> None:
+    def _check(self, batch: Batch, pages: int | None = None) -> None:
         """Native code would read and write wherever a wrong number points."""
+        pages = self.pages if pages is None else pages
         if not all(0 <= token < self.vocab for token in batch.tokens):
             raise TreadleError(f"a token outside the vocabulary of {self.vocab}")
         if sum(batch.counts) != len(batch.tokens):
@@ -208,8 +235,8 @@ class NativeRunner(Runner):
                 )
             if len(table) * self.page < start + count:
                 raise TreadleError(f"{len(table)} pages for {start + count} tokens")
-            if not all(0 <= number < self.pages for number in table):
-                raise TreadleError(f"a page outside 0 .. {self.pages - 1}")
+            if not all(0 <= number < pages for number in table):
+                raise TreadleError(f"a page outside 0 .. {pages - 1}")
 
     def copy(self, source: int, target: int) -> None:
         self.cache[target].copy_(self.cache[source])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from treadle.core.errors import TreadleError
-from treadle.core.files import StrPath
+from treadle.core.files import StrPath, sha256
+from treadle.inference.prefix_folder import fingerprint
 from treadle.kernels.blocks import block_format, dequantise, quantise
 from treadle.kernels.native.matrix import FORMATS, Arena, NativeMatrix
 from treadle.models.decoder import Decoder, DecoderModel
@@ -33,7 +35,11 @@ class NativeWeights(ABC):
 
     @abstractmethod
     def format_of(self, name: str) -> str:
-        """The format in which the matrix `name` will be packed."""
+        """The format in which the matrix `name` will be packed.
+
+        Raises:
+            TreadleError: it would have to be rounded, and nobody said to what.
+        """
 
     @abstractmethod
     def matrix(self, name: str, arena: Arena) -> NativeMatrix:
@@ -42,6 +48,10 @@ class NativeWeights(ABC):
     @abstractmethod
     def vector(self, name: str) -> Float[Tensor, " n"] | None:
         """The vector `name` in float32, or None where the model has none."""
+
+    @abstractmethod
+    def mark(self, page: int) -> str:
+        """Equal where pages of `page` tokens are interchangeable."""
 
 
 class RoundedModel(NativeWeights):
@@ -68,6 +78,9 @@ class RoundedModel(NativeWeights):
         found = self._parameters.get(name)
         return None if found is None else found.detach().float()
 
+    def mark(self, page: int) -> str:
+        return fingerprint(self.model, page, nullcontext, f"native {self.format}")
+
     def _dense(self, name: str) -> Float[Tensor, "out in"]:
         module = self.model.get_submodule(name)
         if isinstance(module, QuantizedEmbedding):
@@ -83,7 +96,7 @@ class StoredFile(NativeWeights):
             path does not run; embedding and head to Q8_0. None: there must be none.
 
     Raises:
-        TreadleError: `format` is None and there are such matrices; names one. Or no such file.
+        TreadleError: no such file, or the native path does not run `format`.
         FileFormatError: the file is broken.
     """
 
@@ -102,13 +115,26 @@ class StoredFile(NativeWeights):
             where=f"{path}: not a model of {header.architecture} as its metadata say",
         )
         self._rules = {ours: rule for rule in rules for ours in rule.ours}
-        if self.format is None:
-            self._require_runnable(path)
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """In which the matrices will be packed, each once.
+
+        Raises:
+            TreadleError: as `format_of`.
+        """
+        infos = {name: self.file.tensors[rule.theirs[0]] for name, rule in self._rules.items()}
+        return tuple(sorted({self.format_of(n) for n, i in infos.items() if len(i.shape) > 1}))
 
     def format_of(self, name: str) -> str:
         if (stored := self._stored(name)) in FORMATS:
             return stored
-        assert self.format is not None
+        if self.format is None:
+            theirs = self._rules[name].theirs[0]
+            raise TreadleError(
+                f"{self.file.path}: {theirs} is stored as {stored}; the native path runs "
+                f"{', '.join(FORMATS)}: name one as `format` to have it rounded to that"
+            )
         return self.format if name.startswith("blocks.") else OUTER
 
     def matrix(self, name: str, arena: Arena) -> NativeMatrix:
@@ -127,18 +153,12 @@ class StoredFile(NativeWeights):
             return None
         return self._read(rule, name, tuple(self.file.read(n) for n in rule.theirs))
 
+    def mark(self, page: int) -> str:
+        return f"{sha256(self.file.path)[:32]}-native-{self.format}-{page}"
+
     def _read(self, rule: Rule, name: str, theirs: tuple[Tensor, ...]) -> Tensor:
         """Maps of GGUF move rows, so they serve bytes as well as numbers."""
         return rule.map.read(theirs)[rule.ours.index(name)]
-
-    def _require_runnable(self, path: StrPath) -> None:
-        for rule in self._rules.values():
-            info = self.file.tensors[rule.theirs[0]]
-            if len(info.shape) > 1 and info.format not in FORMATS:
-                raise TreadleError(
-                    f"{path}: {info.name} is stored as {info.format}; the native path runs "
-                    f"{', '.join(FORMATS)}: name one as `format` to have it rounded to that"
-                )
 
     def _stored(self, name: str) -> str:
         return self.file.tensors[self._rules[name].theirs[0]].format

@@ -17,6 +17,7 @@ from treadle.core.errors import TreadleError, did_you_mean
 from treadle.inference.adapters import CannotShareError
 from treadle.inference.attach import attach, detach
 from treadle.inference.engine import Engine
+from treadle.inference.native_runner import NativeRunner
 from treadle.inference.torch_runner import TorchRunner
 from treadle.models.decoder import DecoderModel
 from treadle.peft.files import load_adapter
@@ -247,8 +248,11 @@ def _tensors(model: DecoderModel) -> Iterator[Tensor]:
 
 def _bytes(engines: Sequence[Engine]) -> int:
     """Memory of the weights, shared ones once; a runner of another make counts as nothing."""
-    storages, adapters = {}, {}
+    storages: dict[int, int] = {}
+    adapters: dict[int, int] = {}
     for engine in engines:
+        if isinstance(engine.runner, NativeRunner):
+            storages[id(engine.runner)] = engine.runner.nbytes
         if engine.runner.adapters is not None:
             adapters[id(engine)] = engine.runner.adapters.nbytes
         if isinstance(engine.runner, TorchRunner):

@@ -58,7 +58,7 @@ class Pass(ctypes.Structure):
             (name, c_void_p)
             for name in (
                 *("tokens", "counts", "starts", "outputs"),
-                *("tables", "table_at", "logits"),
+                *("tables", "table_at", "pages", "logits", "hidden"),
             )
         ),
         ("stride", c_int32),
@@ -84,7 +84,7 @@ def library(level: Level) -> ctypes.CDLL:
         ("free_matrix", None, [matrix]),
         ("unpack_row", None, [matrix, c_int, c_void_p]),
         ("multiply", c_int, [matrix, c_void_p, c_int, c_void_p]),
-        ("decoder", decoder, [POINTER(Shape), c_int, *[c_void_p] * 6]),
+        ("decoder", decoder, [POINTER(Shape), c_int, *[c_void_p] * 5]),
         ("free_decoder", None, [decoder]),
         ("run", c_int, [decoder, POINTER(Pass)]),
     ):

@@ -50,14 +50,16 @@ struct Pass {
   const int32_t *tokens, *counts, *starts, *outputs;
   const int32_t* tables;  // of each sequence, one after another
   const int32_t* table_at;
+  uint16_t* pages;
   float* logits;
+  float* hidden;   // if not null, the last layer's rows, normed, are wanted and no logits
   int32_t stride;  // from row to row of logits, vocab rounded up to a strip or more
 };
 
 class Decoder {
  public:
-  Decoder(const Shape& shape, int threads, Model model, uint16_t* pages)
-      : s_(shape), pool_(threads), m_(std::move(model)), pages_(pages), own_(new Own[threads]) {}
+  Decoder(const Shape& shape, int threads, Model model)
+      : s_(shape), pool_(threads), m_(std::move(model)), own_(new Own[threads]) {}
 
   bool alive() const { return pool_.alive(); }
 
@@ -81,7 +83,6 @@ class Decoder {
   const Shape s_;
   Pool pool_;
   const Model m_;
-  uint16_t* pages_;
   std::unique_ptr<Own[]> own_;
   std::vector<Row> rows_;
   std::vector<int> wanted_;
@@ -148,7 +149,8 @@ class Decoder {
       pool_.barrier();
       add(l.down, l.ffn_after, rounded_rows(hidden_.data(), s_.hidden, hidden_width(), thread), thread);
     }
-    if (!wanted_.empty()) logits(pass, thread);
+    if (wanted_.empty()) return;
+    pass.hidden ? hidden(pass, thread) : logits(pass, thread);
   }
 
   // Embeddings, and the rotations of each position.
@@ -250,7 +252,7 @@ class Decoder {
       rotate(k, row, l.rope, 1);
       auto [sequence, position] = rows_[row];
       int page = pass.tables[pass.table_at[sequence] + position / s_.page];
-      pages_of(layer, kv).put(page, position % s_.page, k,
+      pages_of(pass, layer, kv).put(page, position % s_.page, k,
                               v_.data() + size_t(row) * kv_width() + kv * dim);
     }
   }
@@ -267,9 +269,9 @@ class Decoder {
     for (int i = 2 * half; i < s_.head_dim; ++i) x[i] *= factor;
   }
 
-  Pages pages_of(int layer, int head) const {
+  Pages pages_of(const Pass& pass, int layer, int head) const {
     const size_t both = size_t(2) * s_.page * s_.head_dim;
-    return {pages_ + (size_t(layer) * s_.kv_heads + head) * both,
+    return {pass.pages + (size_t(layer) * s_.kv_heads + head) * both,
             both * s_.kv_heads * s_.layers, s_.page, s_.head_dim};
   }
 
@@ -287,7 +289,7 @@ class Decoder {
                       mixed_.data() + (size_t(row) * s_.heads + head) * dim,
                       window ? std::max(0, last - window) : 0, last};
       }
-      attend(task.count, queries, pages_of(layer, task.kv_head),
+      attend(task.count, queries, pages_of(pass, layer, task.kv_head),
              pass.tables + pass.table_at[task.sequence], s_.score_cap,
              own_[thread].scores.data(), room());
     });
@@ -336,6 +338,13 @@ class Decoder {
         }
       });
     });
+  }
+
+  void hidden(const Pass& pass, int thread) {
+    auto [first, last] = pool_.share(int(wanted_.size()), thread);
+    for (int row = first; row < last; ++row)
+      norm(x_.data() + size_t(wanted_[row]) * s_.dim, m_.norm, s_.dim, s_.eps,
+           pass.hidden + size_t(row) * s_.dim);
   }
 
   void logits(const Pass& pass, int thread) {

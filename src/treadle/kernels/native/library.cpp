@@ -51,10 +51,10 @@ int treadle_multiply(const Matrix* matrix, const float* x, int count, float* y) 
 // `matrices` holds embedding and head, then q, k, v, out, gate, up and down of each layer; `vectors`
 // the last norm, then of each layer the biases of those seven, the norms before and after mixer and
 // feed-forward, and those of queries and keys; `windows` and `rope_of` one number a layer. All that
-// is pointed to by matrices, vectors, ropes and pages must outlive the decoder.
+// is pointed to by matrices, vectors and ropes must outlive the decoder.
 Decoder* treadle_decoder(const Shape* shape, int threads, const Matrix* const* matrices,
                          const float* const* vectors, const int32_t* windows,
-                         const int32_t* rope_of, const Rope* ropes, uint16_t* pages) try {
+                         const int32_t* rope_of, const Rope* ropes) try {
   Model model{{}, {ropes, ropes + shape->ropes}, matrices[0], matrices[1], vectors[0]};
   for (int i = 0; i < shape->layers; ++i) {
     const Matrix* const* m = matrices + 2 + 7 * i;
@@ -63,7 +63,7 @@ Decoder* treadle_decoder(const Shape* shape, int threads, const Matrix* const* m
                             {m[5], v[5]}, {m[6], v[6]}, v[7], v[8], v[9], v[10], v[11], v[12],
                             windows[i], rope_of[i]});
   }
-  return new Decoder(*shape, threads, std::move(model), pages);
+  return new Decoder(*shape, threads, std::move(model));
 } catch (const std::exception&) {
   return nullptr;
 }
