@@ -36,8 +36,10 @@ def processes(server: Process, wanted: int) -> set[int]:
     while len(met) < wanted:
         assert time.monotonic() < end, f"only {met} answer"
         answer = httpx.get(f"{server.url}/health", timeout=SECONDS)
-        if answer.status_code == 200:
+        if answer.status_code == 200:  # the proxy says otherwise while a replica is replaced
             met.add(answer.json()["process"])
+        else:
+            time.sleep(0.1)
     return met
 
 

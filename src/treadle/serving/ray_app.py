@@ -9,7 +9,6 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from starlette.types import ASGIApp
@@ -31,6 +30,9 @@ def application(offers: Sequence[Offer], config: Serve, *, replicas: int, cores:
     """
     library = _library()
 
+    def made() -> ASGIApp:  # called in each replica's process; Ray takes functions only
+        return build(offers, config).gate
+
     class Replica:
         """Its methods are the application's paths."""
 
@@ -41,7 +43,7 @@ def application(offers: Sequence[Offer], config: Serve, *, replicas: int, cores:
         graceful_shutdown_timeout_s=config.drain_seconds,
         ray_actor_options={"num_cpus": cores},
     )
-    return deployment(library.ingress(partial(_asgi, tuple(offers), config))(Replica)).bind()
+    return deployment(library.ingress(made)(Replica)).bind()
 
 
 def serve(
@@ -71,11 +73,6 @@ def serve(
     finally:
         library.shutdown()
         ray.shutdown()
-
-
-def _asgi(offers: Sequence[Offer], config: Serve) -> ASGIApp:
-    """A replica's own application; called in its process."""
-    return build(offers, config).gate
 
 
 def _library() -> Any:
