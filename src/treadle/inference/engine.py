@@ -28,7 +28,7 @@ from treadle.inference.request import Completion, Delta, Request
 from treadle.inference.runner import Batch, Runner
 from treadle.inference.scheduler import QueueFullError, Scheduler
 from treadle.inference.sequence import Active
-from treadle.inference.speculative import Draft
+from treadle.inference.speculative import Guesser
 from treadle.inference.torch_runner import TorchRunner
 from treadle.models.decoder import DecoderModel
 from treadle.peft.prefix import prefix_of
@@ -98,8 +98,11 @@ class Engine:
         self.jobs = 0
         self.prefilled = 0
         """Prompt tokens that were really computed."""
+        self.guesser = config.draft.open(runner, tokenizer) if config.draft is not None else None
+        self.guessed = 0
+        """Tokens that were guessed ahead and checked."""
         self.accepted = 0
-        """Guessed tokens that were right."""
+        """Those that were right."""
 
     @property
     def running(self) -> list[Active]:
@@ -193,13 +196,15 @@ class Engine:
         What is under way goes on from its tokens under the new weights.
         """
         self.scheduler.forget()
+        if self.guesser is not None:
+            self.guesser.forget()
 
     @torch.inference_mode()
     def step(self) -> list[Active]:
         """Run one pass and return the sequences that were touched, finished ones too."""
         cancelled = self.scheduler.reap()
-        if self.config.draft is not None:
-            self._guess(self.config.draft)
+        if self.guesser is not None:
+            self._guess(self.guesser)
         plan = self.scheduler.schedule()
         if not plan:
             return cancelled
@@ -211,6 +216,7 @@ class Engine:
                 read(sequence, logits[end - count : end])
         self.prefilled += sum(count for sequence, count in plan if not sequence.tokens)
         self.scheduler.commit(plan)
+        self.guessed += sum(len(sequence.draft) for sequence, _ in plan)
         drawing, rows = [], []
         for (sequence, _), end in zip(plan, ends, strict=True):
             if not sequence.pending:
@@ -269,12 +275,13 @@ class Engine:
             self.cancel(job)
             self.scheduler.reap()
 
-    def _guess(self, guess: Draft) -> None:
+    def _guess(self, guesser: Guesser) -> None:
         for sequence in self.running:
             sequence.draft = []
-            if sequence.tokens and sequence.pending == 1:
-                room = sequence.request.limit(self.runner.context) - len(sequence.tokens) - 1
-                sequence.draft = guess(sequence.slice(0, sequence.length))[: max(0, room)]
+        ready = [s for s in self.running if s.tokens and s.pending == 1]
+        rooms = [s.request.limit(self.runner.context) - len(s.tokens) - 1 for s in ready]
+        for sequence, draft in zip(ready, guesser.guess(ready, rooms), strict=True):
+            sequence.draft = draft
 
 
 def _batch(plan: list[tuple[Active, int]]) -> Batch:
