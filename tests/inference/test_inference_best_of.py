@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tiny_generation import byte_tokenizer, tiny_model
+from tiny_generation import END, byte_tokenizer, tiny_model
 
 from treadle.core.errors import TreadleError
 from treadle.inference.best_of import BestOf, likelihood
@@ -14,7 +14,8 @@ from treadle.inference.sampling import Sampling
 
 def test_the_likeliest_of_all_that_are_drawn() -> None:
     engine = Engine(tiny_model(), byte_tokenizer())
-    request = Request((1, 2, 3), Sampling(seed=4, max_tokens=12), n=3)
+    sampling = Sampling(seed=4, max_tokens=12, logit_bias=((END, 6.0),))
+    request = Request((1, 2, 3), sampling, n=3)
     (every,) = engine.generate([Request(request.prompt, request.sampling, n=9)])
     means = {c: sum(c.logprobs) / len(c.tokens) for c in every}
     found = BestOf(of=9)(engine, request)

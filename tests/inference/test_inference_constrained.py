@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import product
 
 import jsonschema
 import numpy as np
@@ -13,12 +14,15 @@ from tiny_generation import END, byte_tokenizer, tiny_model
 
 pytest.importorskip("llguidance")
 from treadle.core.errors import TreadleError
+from treadle.inference.beam import BeamSearch
 from treadle.inference.constrained import JsonSchema, Language, LarkGrammar, Regex
 from treadle.inference.constraint import Constraint
+from treadle.inference.draft_model import EarlyExit
 from treadle.inference.engine import Engine, EngineConfig
 from treadle.inference.penalties import forbid
 from treadle.inference.request import Completion, Request
 from treadle.inference.sampling import Sampling, sample
+from treadle.inference.speculative import Draft, NGram
 
 PROMPT = (10, 20, 30)
 SCHEMA = {
@@ -135,6 +139,42 @@ def test_the_text_may_end_only_where_it_is_whole() -> None:
 def test_wrong_constraints_are_refused_at_once(constraint: Language, message: str) -> None:
     with pytest.raises(TreadleError, match=message):
         constraint.build(byte_tokenizer(), 257)
+
+
+@pytest.mark.parametrize("draft", [NGram(shortest=1), EarlyExit(layers=1)], ids=str)
+def test_guesses_ahead_leave_constrained_texts_as_they_are(draft: Draft) -> None:
+    """Guesses are made without the constraint; what it forbids is refused."""
+    words = "[" + ", ".join(["true, false"] * 6) + "]"
+    asked = [
+        request(Regex(pattern="(ab){3,9}c"), 1),
+        request(Regex(pattern=re.escape(words)), 2),
+        *(request(PERSON, seed, temperature=0.7) for seed in range(3)),
+    ]
+    limits = EngineConfig(draft=draft)
+    it = Engine(tiny_model(context=512), byte_tokenizer(), limits)
+    found = [answer.tokens for (answer,) in it.generate(asked)]
+    assert found == [answer.tokens for answer in run(*asked)]
+    assert 0 < it.accepted < it.guessed
+
+
+def test_beams_are_the_best_texts_of_the_language() -> None:
+    """Against all texts of a small language, each step's chances renormalised by its mask."""
+    it = engine()
+    alphabet = it.tokenizer.encode("abc")
+    language = Regex(pattern="[abc]{3}")
+    sampling = Sampling(max_tokens=9)
+    constraint = language.build(it.tokenizer, 257)
+    search = BeamSearch(width=27, length_penalty=0.0)
+    found = search(it, Request(PROMPT, sampling, n=5, constraint=constraint))
+    scores = {}
+    for text in product(alphabet, repeat=3):
+        with torch.no_grad():
+            logits = it.runner.model.logits(it.runner.model(torch.tensor([*PROMPT, *text])))
+        rows = logits[len(PROMPT) - 1 :][:3, alphabet].log_softmax(-1)
+        scores[text] = sum(float(row[alphabet.index(t)]) for row, t in zip(rows, text, strict=True))
+    best = sorted(scores, key=lambda t: -scores[t])[:5]
+    assert [c.tokens for c in found] == [(*text, END) for text in best]
+    assert [sum(c.logprobs) for c in found] == pytest.approx([scores[t] for t in best], abs=1e-4)
 
 
 class Broken(Constraint):
