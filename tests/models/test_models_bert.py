@@ -11,7 +11,7 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import nn
+from models.bert_pair import LENGTHS, SIZE, texts, their_inputs, wave
 from torch.testing import assert_close
 
 from treadle.core.errors import ConfigError, TreadleError
@@ -27,16 +27,6 @@ from treadle.nn.context import Packed
 from treadle.nn.layout import Layout
 from treadle.tokenizers.tokenizer import Tokenizer
 
-SIZE: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 32,
-    "layer_norm_eps": 1e-6,
-}
-LENGTHS = (9, 4, 7)
 CLASSES = ("BertModel", "BertForMaskedLM", "BertForPreTraining")
 
 
@@ -51,24 +41,6 @@ def save_theirs(name: str, folder: Path, **fields: Any) -> transformers.PreTrain
             parameter.copy_(wild if parameter.ndim > 1 else parameter + wild)
     model.save_pretrained(folder)
     return model
-
-
-def texts() -> tuple[torch.Tensor, torch.Tensor]:
-    """Three documents of unequal length as one flat run, with the types of their tokens."""
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(0, 61, (sum(LENGTHS),), generator=generator)
-    types = torch.cat([torch.arange(n) >= n // 2 for n in LENGTHS]).long()
-    return tokens, types
-
-
-def padded(flat: torch.Tensor) -> torch.Tensor:
-    return nn.utils.rnn.pad_sequence(list(flat.split(LENGTHS)), batch_first=True)
-
-
-def their_inputs() -> dict[str, torch.Tensor]:
-    tokens, types = texts()
-    mask = padded(torch.ones_like(tokens))
-    return {"input_ids": padded(tokens), "token_type_ids": padded(types), "attention_mask": mask}
 
 
 def first_tokens() -> list[int]:
@@ -111,11 +83,6 @@ def test_outputs_and_gradients_match_transformers(name: str, tmp_path: Path) -> 
         assert_close(mine, gradients.pop(rule.theirs[0].removeprefix(prefix)))
     assert not found
     assert not gradients
-
-
-def wave(t: torch.Tensor) -> torch.Tensor:
-    """A number that depends on each entry in its own way."""
-    return (t * torch.linspace(-1, 2, t.numel(), dtype=t.dtype).cos().view_as(t)).sum()
 
 
 @pytest.mark.parametrize("name", CLASSES)
