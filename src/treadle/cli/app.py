@@ -9,9 +9,11 @@ import typer
 from treadle import __version__
 from treadle.cli import (
     chat,
+    embed,
     export,
     generate,
     merge,
+    predict,
     pull,
     reason,
     recipes,
@@ -34,6 +36,8 @@ COMMANDS: tuple[Command, ...] = (
     report.COMMAND,
     chat.COMMAND,
     generate.COMMAND,
+    predict.COMMAND,
+    embed.COMMAND,
     serve.COMMAND,
     trial.COMMAND,
     evaluate.COMMAND,

@@ -26,9 +26,14 @@ def engine_of(target: str, device: str, config: EngineConfig | None = None) -> E
 
     from treadle.core.errors import TreadleError
     from treadle.inference.engine import Engine, EngineConfig
+    from treadle.models.decoder import is_causal
+    from treadle.models.heads import TaskHead
+    from treadle.models.hub.sentence import with_vectors
     from treadle.tokenizers.load import tokenizer_of
 
     opened = open_model(target)
+    if not is_causal(opened.model.config) and not isinstance(opened.model.head, TaskHead):
+        with_vectors(opened)  # all that an encoder without a head can be asked for
     if device == NATIVE:
         from treadle.inference.native_runner import NativeRunner
         from treadle.peft.adapter import merge

@@ -30,7 +30,7 @@ CARD = Card(
     id="model.bert",
     paper="Devlin et al. 2018, BERT, arXiv:1810.04805; Wang et al. 2020, MiniLM, arXiv:2002.10957",
     summary="BERT encoders with pooler, masked-word and next-sentence heads.",
-    recipe="treadle show minilm-l6",
+    recipe="treadle embed all-minilm-l6-v2 'The loom was warm.'",
     oracle="tests/models/test_models_bert.py::test_outputs_and_gradients_match_transformers",
 )
 

@@ -1,8 +1,9 @@
-"""`POST /v1/embeddings`: the mean of the decoder's final hidden states, of unit length.
+"""`POST /v1/embeddings`: the vector of a text, of unit length.
 
-    e = h / |h|,   h = 1/T sum_t h_t,   h_t the last block's normed output at token t
+    e = h / |h|,   h the output of the model's embedding head, cut to `dimensions` numbers;
+                   of a decoder without one, h = 1/T sum_t h_t over its final hidden states
 
-A decoder trained on the next token only; a model trained for embeddings is better at search.
+A decoder trained on the next token only is worse at search than a model trained for embeddings.
 """
 
 from __future__ import annotations
@@ -18,9 +19,15 @@ from fastapi import APIRouter
 from jaxtyping import Float
 from starlette.requests import Request as Http
 from starlette.responses import Response
-from torch import Tensor
+from torch import Tensor, nn
 
+from treadle.core.errors import TreadleError
+from treadle.data.framing import Framer
 from treadle.inference.engine import Engine
+from treadle.inference.reader import unit
+from treadle.inference.torch_runner import TorchRunner
+from treadle.models.heads import TaskHead, VectorReadout
+from treadle.models.pooling import MeanPooling
 from treadle.nn.context import Packed
 from treadle.nn.layout import Layout
 from treadle.serving.errors import ApiError, reply
@@ -30,6 +37,9 @@ from treadle.serving.sampling import room_after
 from treadle.serving.service import Service
 from treadle.serving.stream import unless_gone
 from treadle.serving.texts import Text, several
+
+UNCUT = 1 << 30
+"""A text that is too long is refused, not cut."""
 
 
 def routes(service: Service) -> APIRouter:
@@ -51,10 +61,11 @@ async def _embeddings(service: Service, body: EmbeddingBody) -> dict[str, Any]:
         service.pool.use(body.model) as worker,
     ):
         for text in texts:  # one at a time: chats in the same engine go on between them
-            tokens, vector = await worker.call(partial(_embed, text=text))
-            if body.dimensions not in (None, len(vector)):
-                message = f"`dimensions`: this model's embeddings have {len(vector)}"
-                raise ApiError(400, message, param="dimensions")
+            tokens, whole = await worker.call(partial(_embed, text=text))
+            try:
+                vector = unit(whole, body.dimensions).numpy()
+            except TreadleError as error:
+                raise ApiError(400, f"`dimensions`: {error}", param="dimensions") from None
             rows.append(_encoded(vector, body.encoding_format))
             read += tokens
     data = [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)]
@@ -62,21 +73,31 @@ async def _embeddings(service: Service, body: EmbeddingBody) -> dict[str, Any]:
     return {"object": "list", "data": data, "model": body.model, "usage": usage}
 
 
-def _embed(engine: Engine, text: Text) -> tuple[int, Float[np.ndarray, " D"]]:
-    tokens = engine.tokenizer.encode(text, add_special=True) if isinstance(text, str) else text
+def _embed(engine: Engine, text: Text) -> tuple[int, Float[Tensor, " D"]]:
+    runner = runner_of(engine)
+    head: nn.Module = runner.model.head
+    if isinstance(head, TaskHead) and not isinstance(head, VectorReadout):
+        raise ApiError(400, "this model was trained for another task than embedding texts")
+    if not isinstance(text, str):
+        tokens = text
+    elif isinstance(head, VectorReadout) and text.strip():
+        tokens = list(Framer(engine.tokenizer, UNCUT).text(text).ids)
+    else:
+        tokens = engine.tokenizer.encode(text, add_special=True)
     room_after(tokens, engine)
-    return len(tokens), mean_hidden(engine, tokens).numpy()
+    return len(tokens), pooled(runner, tokens)
 
 
 @torch.inference_mode()
-def mean_hidden(engine: Engine, tokens: list[int]) -> Float[Tensor, " D"]:
-    """The unit vector of a text."""
-    runner = runner_of(engine)
-    device = runner.device
-    context = Packed.of(Layout((len(tokens),)), device)
+def pooled(runner: TorchRunner, tokens: list[int]) -> Float[Tensor, " D"]:
+    """The vector of a text, not yet of unit length."""
+    head: nn.Module = runner.model.head
+    pool = head.pool if isinstance(head, VectorReadout) else MeanPooling()
+    layout = Layout((len(tokens),))
     with runner.autocast():
-        hidden = runner.model(torch.tensor(tokens, device=device), context)
-    return torch.nn.functional.normalize(hidden.float().mean(0), dim=0).cpu()
+        flat = torch.tensor(tokens, device=runner.device)
+        hidden = runner.model(flat, Packed.of(layout, runner.device))
+    return pool(hidden, layout)[0].cpu()
 
 
 def _encoded(vector: Float[np.ndarray, " D"], encoding: str | None) -> Any:
