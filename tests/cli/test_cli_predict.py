@@ -13,11 +13,11 @@ from typer.testing import CliRunner, Result
 from treadle.cli.app import build
 from treadle.core.pipeline import Pipeline, execute
 from treadle.core.progress import Silent
+from treadle.data.labelled import ClassTexts, RatedTexts, TaggedTexts, TaskFiles
 from treadle.data.matches import Matches
 from treadle.data.source import Source
 from treadle.data.split import LeakFreeSplit
 from treadle.data.task_formats import ClassFormat, MatchFormat, RatedFormat, TagFormat
-from treadle.data.tasks import ClassTexts, RatedTexts, TaggedTexts, TaskFiles
 from treadle.models.heads import ClassHead, EmbeddingHead, NumberHead, TokenHead
 from treadle.models.hub.save import save_hf
 from treadle.models.source import Pretrained

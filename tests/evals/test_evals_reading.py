@@ -13,9 +13,9 @@ from scipy import stats
 from tiny_readers import WORDS, framed_tokenizer, tiny_encoder, write_rows
 
 from treadle.core.errors import TreadleError
+from treadle.data.labelled import TaskFiles
 from treadle.data.split import LeakFreeSplit
 from treadle.data.task_formats import ClassFormat, RatedFormat, TagFormat
-from treadle.data.tasks import TaskFiles
 from treadle.evals.classes import TextClasses, label_figures
 from treadle.evals.grades import Grades, pearson, ranks, spearman
 from treadle.evals.harness import evaluate

@@ -13,9 +13,9 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from tiny_readers import WORDS, framed_tokenizer, tiny_encoder, write_rows
 
 from treadle.core.errors import FileFormatError, TreadleError
+from treadle.data.labelled import TaskFiles
 from treadle.data.split import LeakFreeSplit
 from treadle.data.task_formats import MatchFormat
-from treadle.data.tasks import TaskFiles
 from treadle.evals.harness import evaluate
 from treadle.evals.retrieval import Reranking, Retrieval, ranking_metrics
 from treadle.models.heads import EmbeddingHead, NumberHead

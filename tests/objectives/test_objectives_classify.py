@@ -20,7 +20,7 @@ from transformers.loss.loss_utils import (
 
 from treadle.core.errors import TreadleError
 from treadle.data.framing import Framer, laid
-from treadle.data.tasks import RatedBatch, extend, labelled
+from treadle.data.labelled import RatedBatch, extend, labelled
 from treadle.models.heads import ClassHead, NumberHead, TextReadout, TokenHead, read
 from treadle.objectives.classify import Classify, Relevance, SquaredError
 

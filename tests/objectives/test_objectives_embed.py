@@ -18,8 +18,8 @@ from torch.testing import assert_close
 
 from treadle.core.errors import TreadleError
 from treadle.data.framing import Framer
+from treadle.data.labelled import RatedBatch, by_column, extend
 from treadle.data.matches import MatchBatch, left_out
-from treadle.data.tasks import RatedBatch, by_column, extend
 from treadle.models.decoder import DecoderModel
 from treadle.models.heads import EmbeddingHead, NumberHead, read
 from treadle.models.pooling import LastToken, MeanPooling

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from treadle.core.errors import TreadleError
 from treadle.data.batch import Batch
+from treadle.data.labelled import Documents, TaskSource, TaskStream, by_column, extend, rated
 from treadle.data.records import Matched, Rated
 from treadle.data.source import Env, Stream
-from treadle.data.tasks import Documents, TaskSource, TaskStream, by_column, extend, rated
 
 
 @dataclass(frozen=True, kw_only=True)

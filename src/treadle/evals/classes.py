@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from pydantic import Field
 
 from treadle.core.results import Figure, accuracy
+from treadle.data.labelled import TaskFiles
 from treadle.data.records import Classified
-from treadle.data.tasks import TaskFiles
 from treadle.evals.reading import labels_of, reader_of
 from treadle.evals.statistics import RESAMPLES
 from treadle.evals.task import Benchmark, Done, Item, Record, Subject

@@ -16,8 +16,8 @@ from pydantic import Field
 
 from treadle.core.errors import TreadleError
 from treadle.core.results import Figure
+from treadle.data.labelled import TaskFiles
 from treadle.data.records import Rated
-from treadle.data.tasks import TaskFiles
 from treadle.evals.reading import gives_vectors, reader_of
 from treadle.evals.statistics import RESAMPLES
 from treadle.evals.task import Benchmark, Done, Item, Record, Subject

@@ -22,9 +22,9 @@ from treadle.core.cards import Card
 from treadle.core.errors import FileFormatError, TreadleError
 from treadle.core.results import Figure
 from treadle.data.fields import text
+from treadle.data.labelled import TaskFiles
 from treadle.data.read import read_rows
 from treadle.data.records import Matched
-from treadle.data.tasks import TaskFiles
 from treadle.evals.reading import gives_vectors, reader_of
 from treadle.evals.rows import Row
 from treadle.evals.task import Benchmark, Done, Item, Record, Subject, shares

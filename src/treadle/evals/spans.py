@@ -13,8 +13,8 @@ from pydantic import Field
 
 from treadle.core.errors import TreadleError
 from treadle.core.results import Figure
+from treadle.data.labelled import TaskFiles
 from treadle.data.records import Tagged
-from treadle.data.tasks import TaskFiles
 from treadle.evals.reading import labels_of, reader_of
 from treadle.evals.statistics import ratio
 from treadle.evals.task import Benchmark, Done, Item, Record, Subject

@@ -17,7 +17,7 @@ from torch import Tensor
 from treadle.core.cards import Card
 from treadle.core.errors import TreadleError
 from treadle.data.batch import Batch
-from treadle.data.tasks import RatedBatch
+from treadle.data.labelled import RatedBatch
 from treadle.models.decoder import DecoderModel
 from treadle.models.heads import read
 from treadle.objectives.objective import LossOutput, Objective

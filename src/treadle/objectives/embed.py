@@ -27,8 +27,8 @@ from torch import Tensor
 from treadle.core.cards import Card
 from treadle.core.config import Config
 from treadle.core.errors import TreadleError
+from treadle.data.labelled import RatedBatch
 from treadle.data.matches import MatchBatch
-from treadle.data.tasks import RatedBatch
 from treadle.models.decoder import DecoderModel
 from treadle.models.heads import VectorReadout, read, task_head
 from treadle.objectives.objective import LossOutput, Objective

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from treadle.core.pipeline import Pipeline
+from treadle.data.labelled import ClassTexts, TaskFiles
 from treadle.data.task_formats import ClassFormat
-from treadle.data.tasks import ClassTexts, TaskFiles
 from treadle.evals.classes import TextClasses
 from treadle.evals.evaluate import Evaluate
 from treadle.models.heads import ClassHead

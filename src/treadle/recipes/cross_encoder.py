@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from treadle.core.pipeline import Pipeline
+from treadle.data.labelled import RatedTexts, TaskFiles
 from treadle.data.task_formats import MatchFormat, RatedFormat
-from treadle.data.tasks import RatedTexts, TaskFiles
 from treadle.evals.retrieval import Reranking
 from treadle.models.heads import NumberHead
 from treadle.models.source import Pretrained

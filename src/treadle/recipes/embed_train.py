@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from treadle.core.pipeline import Pipeline
+from treadle.data.labelled import TaskFiles
 from treadle.data.matches import Matches
 from treadle.data.task_formats import MatchFormat
-from treadle.data.tasks import TaskFiles
 from treadle.evals.retrieval import Retrieval
 from treadle.models.source import Pretrained
 from treadle.objectives.embed import Embed

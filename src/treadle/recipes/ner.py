@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from treadle.core.pipeline import Pipeline
+from treadle.data.labelled import TaggedTexts, TaskFiles
 from treadle.data.task_formats import TagFormat
-from treadle.data.tasks import TaggedTexts, TaskFiles
 from treadle.evals.evaluate import Evaluate
 from treadle.evals.spans import WordLabels
 from treadle.models.heads import TokenHead

@@ -25,10 +25,10 @@ from tiny_readers import (
 
 from treadle.core.errors import FileFormatError, TreadleError
 from treadle.data.framing import Framer, laid
+from treadle.data.labelled import Balanced, ClassTexts, RatedTexts, TaggedTexts, TaskFiles
 from treadle.data.matches import Matches, RatedPairs, left_out
 from treadle.data.split import LeakFreeSplit
 from treadle.data.task_formats import ClassFormat, MatchFormat, RatedFormat, TagFormat
-from treadle.data.tasks import Balanced, ClassTexts, RatedTexts, TaggedTexts, TaskFiles
 from treadle.models.heads import ClassHead, NumberHead, TokenHead
 from treadle.tokenizers.tokenizer import Tokenizer
 
