@@ -28,6 +28,7 @@ from treadle.inference.reasoning.strategy import Ask, Thinker, Turns, private, v
 from treadle.inference.reasoning.votes import (
     BestOfN,
     ByLikelihood,
+    BySureness,
     ByVerifier,
     SelfConsistency,
     elect,
@@ -107,10 +108,19 @@ def test_least_to_most_answers_the_parts_first() -> None:
         )
 
     mind = Scripted(say)
-    (thought,) = LeastToMost(parts=2)(mind, [asked("How many pets?")])
+    talk = (*asked("Hi"), {"role": "assistant", "content": "Hello"}, *asked("How many pets?"))
+    (thought,) = LeastToMost(parts=2)(mind, [talk])
     assert thought.answer == "5"
     final = [t["content"] for t in mind.heard[-1].turns]
-    assert final == ["How many cats?", "two", "How many dogs?", "three", "How many pets?"]
+    assert final == [
+        "Hi",
+        "Hello",
+        "How many cats?",
+        "two",
+        "How many dogs?",
+        "three",
+        "How many pets?",
+    ]
     assert thought.tokens == sum(mind.spent.values())
     assert listed("So:\n* a\n2. b\n\n c ") == ["a", "b", "c"]
 
@@ -144,6 +154,15 @@ def test_likelihood_is_the_geometric_mean() -> None:
     path = Completion((1, 2), "x", (math.log(0.5), math.log(0.125)), "stop")
     assert ByLikelihood()(path) == pytest.approx(0.25)
     assert ByLikelihood()(Completion((), "", (), "length")) == 0.0
+
+
+def test_the_surest_is_best_among_those_that_answer() -> None:
+    mind = Scripted(lambda ask, k: "")
+    texts = ["Answer: 1", "<think>Answer: 2</think>", "Answer: 3"]
+    paths = [
+        Completion((1,), t, (p,), "stop") for t, p in zip(texts, (-2.0, 0.0, -1.0), strict=True)
+    ]
+    assert BySureness()(mind, 0, texts, paths) == pytest.approx([np.exp(-2), -1.0, np.exp(-1)])
 
 
 def test_best_of_n_has_the_closed_form_rate() -> None:

@@ -16,6 +16,7 @@ from treadle.inference.reasoning.tree import (
     Beam,
     ByModel,
     DepthFirst,
+    LineSpace,
     Node,
     Space,
     TreeOfThoughts,
@@ -92,6 +93,72 @@ def test_upper_confidence_bound() -> None:
     assert Node("b", prior=0.1).bound(parent, 0.5) > child.bound(parent, 0.5)
 
 
+class Watched(Planted):
+    """Keeps which states were looked into, in order."""
+
+    def __init__(self, seed: int, depth: int = 3) -> None:
+        super().__init__(seed, depth)
+        self.order: list[str] = []
+
+    def children(self, states: Sequence[str]) -> list[list[str]]:
+        self.order.extend(states)
+        return super().children(states)
+
+
+@pytest.mark.parametrize(("depth", "threshold"), [(3, 0.0), (2, 0.0), (3, 0.6)])
+@pytest.mark.parametrize("seed", range(3))
+def test_depth_first_looks_in_the_order_of_worth(seed: int, depth: int, threshold: float) -> None:
+    def visit(state: str, level: int) -> list[str]:
+        found = [state]
+        children = space.children([state])[0]
+        worth = dict(zip(children, space.values(children), strict=True))
+        for child in sorted(children, key=lambda c: -worth[c]):
+            if not space.final(child) and worth[child] >= threshold and level + 1 < depth:
+                found += visit(child, level + 1)
+        return found
+
+    space, watched = Planted(seed), Watched(seed)
+    DepthFirst(threshold=threshold, depth=depth, visits=99, enough=9.0)(watched, "")
+    assert watched.order == visit("", 0)
+
+
+def test_depth_first_ends_with_what_is_enough() -> None:
+    best = max(Planted(0).worth.values())
+    eager, keen = Watched(0), Watched(0)
+    DepthFirst(threshold=0.0, enough=best, visits=99)(eager, "")
+    DepthFirst(threshold=0.0, enough=best + 1e-9, visits=99)(keen, "")
+    assert len(eager.order) == 3
+    assert len(keen.order) == 13
+
+
+@pytest.mark.parametrize("c", [0.1, 1.0])
+def test_monte_carlo_looks_where_the_bound_is_highest(c: float) -> None:
+    """Against UCT written out over tables of all simulations."""
+    space, watched = Planted(3, depth=4), Watched(3, depth=4)
+    MCTS(simulations=20, exploration=c)(watched, "")
+    order, runs = [], []  # a run: the states passed, and the value that came back
+    known: dict[str, list[str]] = {}
+    for _ in range(20):
+        path = [""]
+        while path[-1] in known:
+            here = [value for states, value in runs if path[-1] in states]
+            bounds = []
+            for child in known[path[-1]]:
+                through = [value for states, value in runs if child in states]
+                if through:
+                    mean, log = np.mean(through), np.log(len(here))
+                    bounds.append((0, mean + c * np.sqrt(log / len(through))))
+                else:
+                    bounds.append((1, space.values([child])[0]))
+            path.append(known[path[-1]][max(range(3), key=lambda i: bounds[i])])
+        if not space.final(path[-1]):
+            order.append(path[-1])
+            known[path[-1]] = space.children([path[-1]])[0]
+            path.append(max(known[path[-1]], key=lambda s: space.values([s])[0]))
+        runs.append((set(path), space.values([path[-1]])[0]))
+    assert watched.order == order
+
+
 def thinker() -> Thinker:
     template = (
         "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}"
@@ -118,6 +185,30 @@ def test_lines_are_searched_with_an_engine(search) -> None:
         assert thought.tokens == mind.spent[i] > 6
         assert thought.text in {*thought.trace, ""}
         assert thought.answer is not None
+
+
+class Muttering(Thinker):
+    """Continues every state by the same lines, and keeps the seeds."""
+
+    def __init__(self) -> None:
+        super().__init__(None, lambda t: None)  # type: ignore[arg-type]
+        self.seeds: list[int] = []
+
+    def ask(self, asks: Sequence[Ask], sampling: Sampling, n: int = 1) -> list[list[Completion]]:
+        self.seeds.append(sampling.seed)
+        lines = [("x", (-1.0, -3.0)), ("", (-1.0,)), (" y ", (-0.5,))]
+        return [[Completion((1,) * len(p), t, p, "stop") for t, p in lines[:n]] for _ in asks]
+
+
+def test_lines_are_as_sure_as_their_tokens() -> None:
+    """The geometric mean of a line's own tokens; empty lines are none; each call draws anew."""
+    mind = Muttering()
+    config = TreeOfThoughts(branching=3, sampling=Sampling(seed=5))
+    space = LineSpace(config, mind, Ask(0, ({"role": "user", "content": "q"},)))
+    assert space.children(["", "a\n"]) == [["x\n", "y\n"], ["a\nx\n", "a\ny\n"]]
+    assert space.values(["x\n", "a\ny\n"]) == pytest.approx([np.exp(-2.0), np.exp(-0.5)])
+    space.children(["x\n"])
+    assert mind.seeds == [5, 9]
 
 
 class Opinionated(Thinker):

@@ -60,6 +60,12 @@ LOCAL_GLOBAL = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
 
+MIXTURE: dict[str, Any] = {
+    "moe_intermediate_size": 20,
+    "num_experts_per_tok": 3,
+    "norm_topk_prob": False,
+}
+
 ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", SIZE),
     "llama-tied-mha": ("Llama", {**SIZE, "num_key_value_heads": 6, "tie_word_embeddings": True}),
@@ -126,6 +132,28 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
             + ["sliding_attention"],
         },
     ),
+    "mixtral": ("Mixtral", {**SIZE, "num_local_experts": 5}),
+    "mixtral-switch": (
+        "Mixtral",
+        {**SIZE, "num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 6},
+    ),
+    "qwen2-moe": (
+        "Qwen2Moe",
+        {**SIZE, **MIXTURE, "num_experts": 6, "shared_expert_intermediate_size": 28},
+    ),
+    "qwen3-moe": ("Qwen3Moe", {**SIZE, **MIXTURE, "head_dim": 8, "num_experts": 6}),
+    "qwen3-moe-mixed": (
+        "Qwen3Moe",
+        {
+            **SIZE,
+            **MIXTURE,
+            "head_dim": 8,
+            "num_experts": 4,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+            "tie_word_embeddings": True,
+        },
+    ),
     "gpt2": ("GPT2", GPT),
     "gpt2-untied": ("GPT2", {**GPT, "tie_word_embeddings": False, "n_inner": 52}),
     "openai-gpt": ("OpenAIGPT", GPT),
@@ -139,7 +167,7 @@ def build(name: str, seed: int = 0) -> transformers.PreTrainedModel:
     ending = "LMHeadModel" if "GPT" in family else "ForCausalLM"
     torch.manual_seed(seed)
     config = getattr(transformers, config_name)(**fields)
-    config._attn_implementation = "eager"
+    config._attn_implementation = config._experts_implementation = "eager"
     model = getattr(transformers, family + ending)(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -153,3 +181,23 @@ def save(name: str, folder: Path, seed: int = 0, **options: Any) -> transformers
     model = build(name, seed)
     model.save_pretrained(folder, **options)
     return model
+
+
+def checkpoint_gradients(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Gradients under the names of a checkpoint, which has a tensor for each expert."""
+    spelled = {}
+    mixtral = model.config.model_type == "mixtral"
+    names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    for name, parameter in model.named_parameters():
+        if mixtral:
+            name = name.replace(".mlp.", ".block_sparse_moe.")
+        front, _, leaf = name.rpartition(".")
+        if not front.endswith(".experts"):
+            spelled[name] = parameter.grad
+            continue
+        fused = leaf == "gate_up_proj"
+        for expert, gradient in enumerate(parameter.grad):
+            parts = gradient.chunk(2) if fused else (gradient,)
+            for own, part in zip(names[:2] if fused else names[2:], parts, strict=True):
+                spelled[f"{front}.{expert}.{own}.weight"] = part
+    return spelled

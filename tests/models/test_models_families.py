@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from models.hf_zoo import ZOO, build, save
+from models.hf_zoo import ZOO, build, checkpoint_gradients, save
 from torch.testing import assert_close
 
 from treadle.models.decoder import Decoder
@@ -19,7 +19,9 @@ from treadle.models.hub.fill import applicable
 from treadle.models.hub.load import load_model
 from treadle.models.llama import smollm2_135m, smollm2_360m
 from treadle.models.mistral import mistral_7b
+from treadle.models.mixtral import mixtral_8x7b
 from treadle.models.qwen import qwen2_5_0_5b, qwen3_0_6b
+from treadle.models.qwen_moe import qwen3_30b_a3b
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -33,7 +35,7 @@ def test_logits_and_gradients_match_transformers(name: str, tmp_path: Path) -> N
 
     F.cross_entropy(expected[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
     F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
-    gradients = {n: p.grad for n, p in theirs.named_parameters()}
+    gradients = checkpoint_gradients(theirs)
     ours = {n: p.grad for n, p in model.named_parameters()}
     family = next(f for f in FAMILIES if f.huggingface.model_type == theirs.config.model_type)
     for rule in applicable(model, family.huggingface.rules(model.config)):
@@ -73,6 +75,8 @@ def test_configs_of_transformers_4_are_read(name: str) -> None:
         (smollm2_135m(), 134_515_008),
         (smollm2_360m(), 361_821_120),
         (mistral_7b(), 7_241_732_096),
+        (mixtral_8x7b(), 46_702_792_704),
+        (qwen3_30b_a3b(), 30_532_122_624),
         (qwen2_5_0_5b(), 494_032_768),
         (qwen3_0_6b(), 596_049_920),
         (gemma3_270m(), 268_098_176),

@@ -8,6 +8,7 @@ import typer
 
 from treadle import __version__
 from treadle.cli import (
+    bench,
     chat,
     embed,
     export,
@@ -39,6 +40,7 @@ COMMANDS: tuple[Command, ...] = (
     predict.COMMAND,
     embed.COMMAND,
     serve.COMMAND,
+    bench.COMMAND,
     trial.COMMAND,
     evaluate.COMMAND,
     reason.COMMAND,

@@ -10,7 +10,7 @@ import typer
 from treadle.cli.chat import Model
 from treadle.cli.command import Command
 
-HUGGING_FACE, GGUF = "hf", "gguf"
+HUGGING_FACE, GGUF, PEFT = "hf", "gguf", "peft"
 
 
 def export(
@@ -19,13 +19,17 @@ def export(
         Path | None, typer.Option("--to", help="Folder, or .gguf file [named after the model].")
     ] = None,
     form: Annotated[
-        str, typer.Option("--format", help="hf, gguf (Q8_0), or F16, Q8_0, Q6_K, Q4_K, Q4_0 ...")
+        str,
+        typer.Option(
+            "--format",
+            help="hf, gguf (Q8_0), F16, Q8_0, Q6_K, Q4_K, Q4_0 ..., or peft: the adapter alone.",
+        ),
     ] = HUGGING_FACE,
     dtype: Annotated[str, typer.Option("--dtype", help="Of hf weights.")] = "bfloat16",
 ) -> None:
     """Write a model for other programs: a Hugging Face folder, or a GGUF file for llama.cpp.
 
-    Adapters are merged into the weights first.
+    Adapters are merged into the weights first, unless it is the adapter alone that is written.
     """
     import torch
 
@@ -33,12 +37,18 @@ def export(
     from treadle.core.errors import TreadleError, did_you_mean
     from treadle.models.hub.save import save_gguf, save_hf
     from treadle.peft.adapter import merge
+    from treadle.peft.files import save_adapter
     from treadle.tokenizers.load import tokenizer_of
 
     dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype not in dtypes:
         raise TreadleError(f"--dtype {dtype}: no such type{did_you_mean(dtype, dtypes)}")
     opened = open_model(model)
+    if form == PEFT:
+        target = to or Path(f"{Path(model).stem}-adapter")
+        save_adapter(opened.model, target)
+        typer.echo(target)
+        return
     tokenizer = tokenizer_of(opened)
     merged = merge(opened.model)
     name = Path(model).stem
@@ -60,6 +70,7 @@ COMMAND = Command(
     run=export,
     examples=(
         "treadle export runs/quickstart",
+        "treadle export runs/quickstart --format peft --to adapters/mine",
         "treadle export runs/quickstart --format Q4_K --to mine.gguf",
         "treadle export smollm2-135m-instruct --to smollm2 --dtype float32",
     ),

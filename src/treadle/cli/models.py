@@ -18,12 +18,15 @@ def source_of(target: str) -> ModelSource:
     Raises:
         TreadleError: the run has trained no model yet.
     """
-    from treadle.models.source import Pretrained
-    from treadle.train.from_run import find_trained, is_run
+    from treadle.core.pipeline import is_run
 
     path = Path(target)
     if path.is_dir() and (is_run(path) or is_run(path.parent)):
+        from treadle.train.from_run import find_trained  # slow: all of training
+
         return find_trained(path)
+    from treadle.models.source import Pretrained
+
     return Pretrained(name=target)
 
 

@@ -9,8 +9,10 @@ import typer
 
 from treadle.cli.chat import Device
 from treadle.cli.command import Command
+from treadle.cli.kinds import CacheKind, DraftKind, limits_of
 
 if TYPE_CHECKING:
+    from treadle.inference.engine import EngineConfig
     from treadle.serving.pool import Offer
 
 
@@ -23,8 +25,12 @@ def serve(
     ],
     adapter: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=FOLDER", help="An adapter on the first model; repeatable."),
+        typer.Option(
+            metavar="NAME=FOLDER",
+            help="An adapter on the first model, whose engine and weights it shares; repeatable.",
+        ),
     ] = None,
+    adapter_slots: Annotated[int, typer.Option(min=1, help="Adapters in memory at once.")] = 8,
     trial: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=A:B", help="An A/B test of two models; see `treadle trial`."),
@@ -52,6 +58,8 @@ def serve(
     drain: Annotated[
         float, typer.Option(min=0.0, help="Seconds to finish answers after SIGTERM.")
     ] = 30.0,
+    cache: CacheKind = None,
+    draft: DraftKind = None,
     device: Device = "cpu",
 ) -> None:
     """Answer the OpenAI protocol, and show a chat page."""
@@ -73,7 +81,8 @@ def serve(
         memory_bytes=None if memory is None else int(memory * 1e9),
         drain_seconds=drain,
     )
-    offers = offers_of(models, adapter or [], device, slots)
+    limits = limits_of(cache, draft, slots=slots, adapters=adapter_slots)
+    offers = offers_of(models, adapter or [], device, limits)
     trials = [parse_trial(text) for text in trial or ()]
     app = build(offers, config, trials=trials, trial_log=trial_log)
     listener = listen(config)
@@ -88,7 +97,9 @@ def serve(
     asyncio.run(run())
 
 
-def offers_of(models: list[str], adapters: list[str], device: str, slots: int) -> list[Offer]:
+def offers_of(
+    models: list[str], adapters: list[str], device: str, limits: EngineConfig
+) -> list[Offer]:
     """What the arguments name.
 
     Raises:
@@ -98,11 +109,9 @@ def offers_of(models: list[str], adapters: list[str], device: str, slots: int) -
 
     from treadle.cli.voice import engine_of
     from treadle.core.errors import TreadleError
-    from treadle.inference.engine import EngineConfig
     from treadle.serving.pool import Adapted, Base
 
     offers: list[Offer] = []
-    limits = EngineConfig(slots=slots)
     for text in models:
         name, equals, target = text.partition("=")
         if not equals:
@@ -138,7 +147,7 @@ COMMAND = Command(
     examples=(
         "treadle serve smollm2-135m-instruct",
         "treadle serve runs/quickstart small=smollm2-135m-instruct --port 9000",
-        "treadle serve smollm2-135m-instruct --adapter polite=adapters/polite",
+        "treadle serve smollm2-135m-instruct --adapter polite=adapters/a --adapter sql=adapters/b",
         "treadle serve new=runs/a old=runs/b --trial duel=new:old --trial-log votes.jsonl",
     ),
 )

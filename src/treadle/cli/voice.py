@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from treadle.inference.engine import Engine, EngineConfig
     from treadle.inference.request import Delta
     from treadle.inference.sampling import Sampling
+    from treadle.models.source import Opened
 
 NATIVE = "native"
 
@@ -22,6 +23,15 @@ def engine_of(target: str, device: str, config: EngineConfig | None = None) -> E
     Raises:
         TreadleError: there is no such model or device, or the native kernels cannot run it.
     """
+    return engine_with(open_model(target), device, config)
+
+
+def engine_with(opened: Opened, device: str, config: EngineConfig | None = None) -> Engine:
+    """An engine with a model that is open already.
+
+    Raises:
+        TreadleError: there is no such device, or the native kernels cannot run the model.
+    """
     import torch
 
     from treadle.core.errors import TreadleError
@@ -31,14 +41,17 @@ def engine_of(target: str, device: str, config: EngineConfig | None = None) -> E
     from treadle.models.hub.sentence import with_vectors
     from treadle.tokenizers.load import tokenizer_of
 
-    opened = open_model(target)
     if not is_causal(opened.model.config) and not isinstance(opened.model.head, TaskHead):
         with_vectors(opened)  # all that an encoder without a head can be asked for
     if device == NATIVE:
+        if config is not None and config.cache is not None:
+            raise TreadleError(
+                "the native kernels keep keys and values in pages of their own: leave --cache out"
+            )
         from treadle.inference.native_runner import NativeRunner
         from treadle.peft.adapter import merge
 
-        runner = NativeRunner(merge(opened.model), format="Q8_0")
+        runner = NativeRunner.of_model(merge(opened.model), format="Q8_0")
         torch.set_num_threads(1)  # torch's own threads would fight with the runner's
         return Engine.of_runner(runner, tokenizer_of(opened), config or EngineConfig())
     try:

@@ -30,6 +30,8 @@ from treadle.core.meter import Meter
 from treadle.core.progress import Progress, Silent, Task
 
 MANIFEST, BEGUN, SPENT = "manifest.json", "begun.json", "spent.json"
+PIPELINE = "pipeline.yaml"
+"""What a run's folder was made with."""
 WAIT = 0.1
 """Seconds between two looks at what the first process has done."""
 
@@ -110,6 +112,11 @@ class Workspace:
         return read_manifest(self.output(step))
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run."""
+    return (folder / PIPELINE).is_file()
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """A step's record: its configuration, figures, cost, files and versions."""
     try:
@@ -138,7 +145,7 @@ def execute(pipeline: Pipeline, root: Path, progress: Progress | None = None) ->
         return
     root.mkdir(parents=True, exist_ok=True)
     with _alone(root):
-        write_text(root / "pipeline.yaml", to_yaml(pipeline))
+        write_text(root / PIPELINE, to_yaml(pipeline))
         _lead(pipeline, root, keys, progress or Silent())
 
 

@@ -47,6 +47,8 @@ class Batch:
     sequence_count: int
     types: Int[Tensor, " N"] | None = None
     """Which part of its text each token belongs to (`Context.types`)."""
+    task: int = 0
+    """Which task the batch is of, where a source mixes several."""
 
     def to(self, device: torch.device | str) -> Self:
         """The batch with all its tensors on `device`."""

@@ -79,20 +79,25 @@ class Blocks:
     def shared(self, page: int) -> bool:
         return self.references[page] > 1
 
-    def chain(self, tokens: Sequence[int], known: Sequence[bytes] = ()) -> Iterator[bytes]:
-        """Keys of the full pages of a sequence after those that are known, in order."""
-        key = known[-1] if known else chain(self.root, [self.epoch])
+    def chain(
+        self, tokens: Sequence[int], known: Sequence[bytes] = (), *, mark: bytes = b""
+    ) -> Iterator[bytes]:
+        """Keys of the full pages of a sequence after those that are known, in order.
+
+        Tokens mean the same under equal marks only: that of an adapter, say.
+        """
+        key = known[-1] if known else chain(self.root + mark, [self.epoch])
         for start in range(len(known) * self.page, len(tokens) - self.page + 1, self.page):
             key = chain(key, tokens[start : start + self.page])
             yield key
 
-    def find(self, tokens: Sequence[int]) -> list[int]:
+    def find(self, tokens: Sequence[int], *, mark: bytes = b"") -> list[int]:
         """Pages that hold the beginning of these tokens, none of them held for the caller yet.
 
         At least one token is left over, since its logits must be computed.
         """
         pages: list[int] = []
-        for key in self.chain(tokens[:-1]):
+        for key in self.chain(tokens[:-1], mark=mark):
             page = self.named.get(key)
             if page is None:
                 break

@@ -23,6 +23,8 @@ class Request:
     """Higher goes first and is preempted last."""
     constraint: Constraint | None = None
     """Forked for each completion; the request's own is never advanced."""
+    adapter: str | None = None
+    """Name of one that was given to `attach`; None: the model by itself."""
 
     def limit(self, context: int) -> int:
         """Most tokens of an answer, from a model with this context."""

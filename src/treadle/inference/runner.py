@@ -7,10 +7,15 @@ lie. A runner owns weights and pages and turns that into logits; it knows nothin
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxtyping import Float
 from torch import Tensor
+
+from treadle.inference.adapters import Adapters
+
+Name = tuple[int, int]
+"""Of a sequence: its request's number, and which of the request's n it is."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,10 @@ class Batch:
     """Pages of each sequence, enough for its new tokens."""
     outputs: list[int]
     """How many of the last new tokens of each sequence want logits; 0 while a prompt is unread."""
+    adapters: list[str | None] = field(default_factory=list)
+    """Of each sequence; empty: none has one."""
+    names: list[Name] = field(default_factory=list)
+    """Of each sequence; runners whose pages last do without."""
 
 
 class Runner(ABC):
@@ -45,10 +54,24 @@ class Runner(ABC):
     """Longest sequence."""
     refusal: str = ""
     """Why the model cannot continue a text; empty where it can."""
+    adapters: Adapters | None = None
+    """What requests may name besides the model itself; None: nothing."""
+    lasting: bool = True
+    """Pages keep all that was written to them, so that others with the same beginning can share
+    them, and a sequence can be cut back. False: pages only count tokens, and what is kept of a
+    sequence goes by its name."""
 
     @abstractmethod
     def run(self, batch: Batch) -> Float[Tensor, "N V"]:
         """Store the new tokens' keys and values; float32 logits of the wanted tokens, in order."""
+
+    def fork(self, name: Name, other: Name) -> None:
+        """`other` goes on from what `name` holds."""
+        return
+
+    def end(self, name: Name) -> None:
+        """This sequence is gone, or begins anew."""
+        return
 
     @abstractmethod
     def copy(self, source: int, target: int) -> None:

@@ -8,6 +8,7 @@ step alone, its text is the same as if it had never been disturbed.
 
 from __future__ import annotations
 
+import logging
 from bisect import insort
 
 from treadle.core.cards import Card
@@ -24,6 +25,8 @@ CARD = Card(
     recipe="treadle generate smollm2-135m-instruct The -n 8 --temperature 1",
     oracle="tests/inference/test_inference_continuous.py::test_random_traffic",
 )
+
+log = logging.getLogger("treadle")
 
 
 class QueueFullError(TreadleError):
@@ -81,9 +84,9 @@ class Scheduler:
         for sequence, count in plan:
             # Guesses count when they are accepted.
             sequence.computed += count - len(sequence.draft)
-            if sequence.computed // page > len(sequence.keys):
+            if self.runner.lasting and sequence.computed // page > len(sequence.keys):
                 known = sequence.slice(0, sequence.computed)
-                for key in self.blocks.chain(known, sequence.keys):
+                for key in self.blocks.chain(known, sequence.keys, mark=sequence.mark):
                     place = sequence.table[len(sequence.keys)]
                     self.blocks.name(place, key)
                     sequence.keys.append(key)
@@ -98,6 +101,7 @@ class Scheduler:
             self.blocks.hold(sequence.table)
             fork.table, fork.keys = list(sequence.table), list(sequence.keys)
             fork.computed, fork.cached = sequence.computed, sequence.cached
+            self.runner.fork(sequence.name, fork.name)
         self.running += forks
         return forks
 
@@ -126,10 +130,10 @@ class Scheduler:
     def _admit(self, sequence: Active, budget: int) -> bool:
         """Move the first that waits to those that run, if there is room for all of it."""
         busy = sum(1 + len(s.forks) for s in self.running)
-        if busy + 1 + len(sequence.forks) > self.slots:
+        if busy + 1 + len(sequence.forks) > self.slots or not self._adapter_fits(sequence):
             return False
         known = sequence.slice(0, sequence.length)
-        found = self.blocks.find(known)
+        found = self.blocks.find(known, mark=sequence.mark)
         rest = len(known) - len(found) * self.blocks.page
         # A prompt that the next pass can take whole is not cut in two by this one.
         if budget < rest <= self.tokens:
@@ -141,17 +145,31 @@ class Scheduler:
             self.blocks.release(found)
             return False
         if self.folder is not None:
-            self._read(self.folder, known, found)
+            self._read(self.folder, known, found, sequence.mark)
         sequence.table, sequence.computed = found, len(found) * self.blocks.page
         sequence.keys = [self.blocks.keys[page] for page in found]
         sequence.cached = min(sequence.computed, len(sequence.request.prompt))
         self.running.append(self.waiting.pop(0))
         return True
 
-    def _read(self, folder: PrefixFolder, known: list[int], found: list[int]) -> None:
+    def _adapter_fits(self, sequence: Active) -> bool:
+        """Whether its adapter is in memory beside those of the running ones, fetched if need be."""
+        shelf, name = self.runner.adapters, sequence.request.adapter
+        if shelf is None or name is None:
+            return True
+        others = {s.request.adapter for s in self.running if s.request.adapter is not None}
+        try:
+            return shelf.bring({name, *others})
+        except TreadleError as error:  # its folder is gone: that ends this request only
+            log.warning("request %d ends: %s", sequence.job, error)
+            for member in (sequence, *sequence.forks):
+                member.end("cancelled")
+            return False
+
+    def _read(self, folder: PrefixFolder, known: list[int], found: list[int], mark: bytes) -> None:
         """Add to the pages found in memory those that are on disk."""
         keys = [self.blocks.keys[page] for page in found]
-        for key in self.blocks.chain(known[:-1], keys):
+        for key in self.blocks.chain(known[:-1], keys, mark=mark):
             content = folder.get(key)
             if content is None:
                 break
@@ -190,6 +208,7 @@ class Scheduler:
         self.add(sequence)
 
     def _drop(self, sequence: Active) -> None:
+        self.runner.end(sequence.name)
         self.blocks.release(sequence.table)
         sequence.table, sequence.keys, sequence.draft = [], [], []
         sequence.computed = 0

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from treadle.kernels.gated import Activation, activate
-from treadle.models.decoder import Head
+from treadle.models.decoder import Head, Wordless
 from treadle.nn.norms import LayerNorm, Norm
 
 
@@ -42,7 +42,7 @@ class Pretraining(Head):
         return PretrainingHead(self.words, dim, embedding)
 
 
-class PoolerHead(nn.Module):
+class PoolerHead(Wordless):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.pooler = nn.Linear(dim, dim)
@@ -52,7 +52,7 @@ class PoolerHead(nn.Module):
         return torch.tanh(self.pooler(first))
 
 
-class MaskedHead(nn.Module):
+class MaskedHead(Wordless):
     def __init__(self, config: MaskedWords, dim: int, embedding: nn.Embedding) -> None:
         super().__init__()
         self.words = WordLogits(config, dim, embedding)
@@ -62,7 +62,7 @@ class MaskedHead(nn.Module):
         return logits
 
 
-class PretrainingHead(nn.Module):
+class PretrainingHead(Wordless):
     def __init__(self, config: MaskedWords, dim: int, embedding: nn.Embedding) -> None:
         super().__init__()
         self.words = WordLogits(config, dim, embedding)

@@ -22,8 +22,9 @@ from treadle.core.config import Config
 from treadle.core.errors import TreadleError
 from treadle.nn.block import Block
 from treadle.nn.context import Context, Packed
+from treadle.nn.ffn.moe import Experts
 from treadle.nn.layout import Layout
-from treadle.nn.linear import LinearLike, weight_of
+from treadle.nn.linear import weight_of
 from treadle.nn.mixers.attention import Attention
 from treadle.nn.norms import NoNorm, Norm, RMSNorm
 
@@ -36,6 +37,10 @@ class Head(Config):
     @abstractmethod
     def build(self, vocab: int, dim: int, embedding: nn.Embedding) -> nn.Module:
         """A module `[N dim] -> [N vocab]`; as a rule one linear layer."""
+
+
+class Wordless(nn.Module):
+    """A head that predicts no next token: scores, labels, vectors, masked words."""
 
 
 class TiedHead(Head):
@@ -116,6 +121,8 @@ class DecoderModel(nn.Module):
                 nn.init.normal_(module.weight, std=residual if writes else self.config.std)
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
+            elif isinstance(module, Experts) and not module.gate.is_meta:
+                module.initialise(self.config.std, residual)
 
     def forward(
         self, tokens: Int[Tensor, "..."], context: Context | None = None
@@ -151,7 +158,7 @@ class DecoderModel(nn.Module):
         Raises:
             TreadleError: the head is no linear layer over the vocabulary.
         """
-        if not isinstance(self.head, nn.Linear | LinearLike):
+        if isinstance(self.head, Wordless):
             raise TreadleError(
                 f"{_wordless(self)}: take a model with a language-modelling head, or an objective "
                 "for this head"
@@ -173,7 +180,7 @@ def cannot_write(model: DecoderModel) -> str:
     """Why a model cannot continue a text; empty where it can."""
     if not is_causal(model.config):
         reason = "the model is an encoder: its tokens see those that follow"
-    elif not isinstance(model.head, nn.Linear | LinearLike):
+    elif isinstance(model.head, Wordless):
         reason = _wordless(model)
     else:
         return ""

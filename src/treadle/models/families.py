@@ -6,21 +6,34 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from treadle.core.config import dump
 from treadle.core.errors import ConfigError, TreadleError, did_you_mean
-from treadle.models import bert, gemma, gpt1, gpt2, llama, mistral, native, qwen
+from treadle.models import (
+    bert,
+    gemma,
+    gpt1,
+    gpt2,
+    llama,
+    mistral,
+    mixtral,
+    native,
+    qwen,
+    qwen_moe,
+)
 from treadle.models.decoder import Decoder
 from treadle.models.family import Family, Gguf, explicit
 from treadle.models.hub.fill import applicable, expected_shapes
 from treadle.models.hub.gguf_header import GgufHeader
+from treadle.models.outline import outline
 
 FAMILIES: tuple[Family, ...] = (
     llama.FAMILY,
     mistral.FAMILY,
     qwen.QWEN2,
     qwen.QWEN3,
+    mixtral.FAMILY,
+    qwen_moe.QWEN2_MOE,
+    qwen_moe.QWEN3_MOE,
     gemma.GEMMA,
     gemma.GEMMA2,
     gemma.GEMMA3,
@@ -95,8 +108,7 @@ def family_for_gguf(decoder: Decoder) -> tuple[Gguf, GgufHeader]:
 
 
 def _header(gguf: Gguf, decoder: Decoder) -> GgufHeader:
-    with torch.device("meta"):
-        model = decoder.build()
+    model = outline(decoder)
     shapes = expected_shapes(model, applicable(model, gguf.rules(decoder)))
     return replace(gguf.write(decoder), shapes=shapes)
 

@@ -24,7 +24,7 @@ from treadle.core.cards import Card
 from treadle.core.config import Config
 from treadle.core.errors import ConfigError, TreadleError, did_you_mean
 from treadle.models.bert_heads import PoolerHead
-from treadle.models.decoder import DecoderModel
+from treadle.models.decoder import DecoderModel, Wordless
 from treadle.models.pooling import MeanPooling, Pooling, wide
 from treadle.models.transform import Transform
 from treadle.nn.context import Packed
@@ -41,7 +41,7 @@ CARD = Card(
 M = TypeVar("M", bound=nn.Module)
 
 
-class TaskHead(nn.Module, ABC):
+class TaskHead(Wordless, ABC):
     """Reads hidden states instead of predicting the next token."""
 
     labels: tuple[str, ...] = ()

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from treadle.core.config import dump, parse
 from treadle.core.errors import FileFormatError
 from treadle.models.decoder import Decoder
 from treadle.models.family import Family, HuggingFace
+from treadle.models.outline import outline
 from treadle.models.weights import Rule, rule
 
 
@@ -31,9 +30,7 @@ def to_hf(decoder: Decoder) -> dict[str, Any]:
 
 
 def rules(decoder: Decoder) -> tuple[Rule, ...]:
-    with torch.device("meta"):
-        model = decoder.build()
-    return tuple(rule(name, name) for name, _ in model.named_parameters())
+    return tuple(rule(name, name) for name, _ in outline(decoder).named_parameters())
 
 
 FAMILY = Family(

@@ -66,6 +66,18 @@ class Fused(TensorMap):
 
 
 @dataclass(frozen=True)
+class Stacked(TensorMap):
+    """Several of theirs lie behind each other in one of ours, such as the experts of a layer."""
+
+    def read(self, theirs: Tensors) -> Tensors:
+        return (torch.stack(theirs),)
+
+    def write(self, ours: Tensors) -> Tensors:
+        (stacked,) = ours
+        return stacked.unbind(0)
+
+
+@dataclass(frozen=True)
 class Shifted(TensorMap):
     """theirs = ours + by: GGUF keeps Gemma's norms as 1 + w."""
 

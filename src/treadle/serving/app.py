@@ -18,6 +18,7 @@ from treadle.serving import (
     errors,
     health,
     listing,
+    responses,
     site,
     votes,
 )
@@ -78,7 +79,7 @@ def build(
         openapi_url="/openapi.json",
     )
     errors.install(http)
-    for family in (chat, completions, embeddings, listing, votes):
+    for family in (chat, completions, responses, embeddings, listing, votes):
         http.include_router(family.routes(service))
     http.include_router(site.routes())
     gate = Gate(http, config, metrics)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from treadle.core.errors import TreadleError
 from treadle.data.framing import Framer
+from treadle.inference.attach import applied
 from treadle.inference.engine import Engine
 from treadle.inference.reader import unit
 from treadle.inference.torch_runner import TorchRunner
@@ -61,7 +62,8 @@ async def _embeddings(service: Service, body: EmbeddingBody) -> dict[str, Any]:
         service.pool.use(body.model) as worker,
     ):
         for text in texts:  # one at a time: chats in the same engine go on between them
-            tokens, whole = await worker.call(partial(_embed, text=text))
+            adapter = service.pool.adapter(body.model)
+            tokens, whole = await worker.call(partial(_embed, text=text, adapter=adapter))
             try:
                 vector = unit(whole, body.dimensions).numpy()
             except TreadleError as error:
@@ -73,7 +75,7 @@ async def _embeddings(service: Service, body: EmbeddingBody) -> dict[str, Any]:
     return {"object": "list", "data": data, "model": body.model, "usage": usage}
 
 
-def _embed(engine: Engine, text: Text) -> tuple[int, Float[Tensor, " D"]]:
+def _embed(engine: Engine, text: Text, adapter: str | None) -> tuple[int, Float[Tensor, " D"]]:
     runner = runner_of(engine)
     head: nn.Module = runner.model.head
     if isinstance(head, TaskHead) and not isinstance(head, VectorReadout):
@@ -85,7 +87,8 @@ def _embed(engine: Engine, text: Text) -> tuple[int, Float[Tensor, " D"]]:
     else:
         tokens = engine.tokenizer.encode(text, add_special=True)
     room_after(tokens, engine)
-    return len(tokens), pooled(runner, tokens)
+    with applied(engine, adapter, len(tokens)):
+        return len(tokens), pooled(runner, tokens)
 
 
 @torch.inference_mode()

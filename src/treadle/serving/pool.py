@@ -6,13 +6,16 @@ import asyncio
 import copy
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 from torch import Tensor
 
 from treadle.core.errors import TreadleError, did_you_mean
+from treadle.inference.adapters import CannotShareError
+from treadle.inference.attach import attach, detach
 from treadle.inference.engine import Engine
 from treadle.inference.torch_runner import TorchRunner
 from treadle.models.decoder import DecoderModel
@@ -52,6 +55,8 @@ class _Entry:
     loading: asyncio.Task[Worker] | None = None
     users: int = 0
     used: float = 0.0
+    shares: bool = False
+    """An adapter whose worker is that of its base."""
 
     @property
     def idle(self) -> bool:
@@ -98,10 +103,18 @@ class Pool:
         entry = self._entry(name)
         entry.users += 1
         try:
-            yield await self._worker(entry)
+            async with AsyncExitStack() as held:
+                if isinstance(entry.offer, Adapted):
+                    await held.enter_async_context(self.use(entry.offer.base))
+                yield await self._worker(entry)
         finally:
             entry.users -= 1
             entry.used = time.monotonic()
+
+    def adapter(self, name: str) -> str | None:
+        """What a request to the worker of `use(name)` is to name as its adapter."""
+        entry = self._entry(name)
+        return name if entry.shares else None
 
     def unload_idle(self) -> None:
         """Unload what nobody has used for `idle_seconds`."""
@@ -133,18 +146,34 @@ class Pool:
     async def _load(self, entry: _Entry) -> Worker:
         try:
             name = entry.offer.name
-            engine = await self._open(entry.offer)
-            entry.worker = Worker(
-                engine, name=name, capacity=self.config.limits.requests, metrics=self.metrics
+            before = self._loaded_bytes()
+            entry.worker = await self._share(entry) or Worker(
+                await self._open(entry.offer),
+                name=name,
+                capacity=self.config.limits.requests,
+                metrics=self.metrics,
             )
             entry.used = time.monotonic()
             self._make_room(entry)
-            self.metrics.loaded.labels(name).set(_bytes([engine]))
+            self.metrics.loaded.labels(name).set(self._loaded_bytes() - before)
             return entry.worker
         except TreadleError as error:
             raise unavailable(f"`{entry.offer.name}` cannot be loaded: {error}", "load") from error
         finally:
             entry.loading = None
+
+    async def _share(self, entry: _Entry) -> Worker | None:
+        """The base's worker, with an adapter attached; None where it needs an engine of its own."""
+        offer = entry.offer
+        if not isinstance(offer, Adapted):
+            return None
+        async with self.use(offer.base) as base:
+            try:
+                await base.call(partial(attach, name=offer.name, folder=offer.folder))
+            except CannotShareError:
+                return None
+            entry.shares = True
+            return base
 
     async def _open(self, offer: Offer) -> Engine:
         if isinstance(offer, Base):
@@ -174,10 +203,18 @@ class Pool:
         return _bytes([w.engine for w in self.workers().values()])
 
     def _unload(self, entry: _Entry) -> None:
-        if entry.worker is not None:
-            entry.worker.close()
-            entry.worker = None
-            self.metrics.loaded.labels(entry.offer.name).set(0)
+        worker, entry.worker = entry.worker, None
+        if worker is None:
+            return
+        self.metrics.loaded.labels(entry.offer.name).set(0)
+        if entry.shares:
+            entry.shares = False
+            worker.tell(partial(detach, name=entry.offer.name))
+            return
+        for other in self._entries.values():
+            if other.shares and other.worker is worker:
+                self._unload(other)
+        worker.close()
 
 
 def runner_of(engine: Engine) -> TorchRunner:
@@ -206,10 +243,12 @@ def _tensors(model: DecoderModel) -> Iterator[Tensor]:
 
 def _bytes(engines: Sequence[Engine]) -> int:
     """Memory of the weights, shared ones once; a runner of another make counts as nothing."""
-    storages = {}
+    storages, adapters = {}, {}
     for engine in engines:
+        if engine.runner.adapters is not None:
+            adapters[id(engine)] = engine.runner.adapters.nbytes
         if isinstance(engine.runner, TorchRunner):
             for tensor in _tensors(engine.runner.model):
                 storage = tensor.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+    return sum(storages.values()) + sum(adapters.values())

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from uuid import uuid4
 
 from treadle.inference.engine import Engine
@@ -33,6 +33,8 @@ class Session:
     created: int = field(default_factory=lambda: int(time.time()))
     tokens: int = 0
     """Generated, over all completions."""
+    cached: int = 0
+    """Of the prompt, found in the prefix cache."""
     first_token: float | None = None
     """Seconds that the client waited for it."""
     finishes: list[Finish] = field(default_factory=list)
@@ -51,6 +53,7 @@ class Session:
             self.first_token = self.seconds
         for piece in pieces:
             self.tokens += len(piece.tokens)
+            self.cached = piece.cached
             if piece.index == 0:
                 self.text += piece.text
             if piece.finish == "cancelled":
@@ -145,6 +148,7 @@ class Service:
     ) -> AsyncIterator[Session]:
         async with self.pool.use(name) as worker:
             request = await asyncio.to_thread(prepare, worker.engine)
+            request = replace(request, adapter=self.pool.adapter(name))
             seconds = self.config.limits.seconds
             with worker.open(request, seconds=seconds, news=news or asyncio.Event()) as ticket:
                 yield Session(id, model, worker.engine, ticket)

@@ -38,6 +38,8 @@ class Piece:
     logprobs: list[float] = field(default_factory=list)
     tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     finish: Finish | None = None
+    cached: int = 0
+    """Tokens of the prompt that had not to be computed."""
 
     def extend(self, more: Piece) -> None:
         self.text += more.text
@@ -175,6 +177,17 @@ class Worker:
         value: T = await answer
         return value
 
+    def tell(self, function: Callable[[Engine], None]) -> None:
+        """Run `function` in the engine's thread between two steps; what it raises is logged."""
+
+        def command() -> None:
+            try:
+                function(self.engine)
+            except TreadleError as error:
+                log.warning("`%s`: %s", self.name, error)
+
+        self._commands.put(command)
+
     def close(self) -> None:
         """End the thread; open tickets fail."""
         self.closed = True
@@ -270,7 +283,7 @@ class Worker:
         tops: list[tuple[tuple[int, float], ...]] = [()] * len(tokens)
         if sequence.request.sampling.top_logprobs:
             tops = sequence.top[sent:]
-        piece = Piece(index, text, tokens, logprobs, tops, finish)
+        piece = Piece(index, text, tokens, logprobs, tops, finish, sequence.cached)
         self.metrics.generated_tokens.labels(self.name).inc(len(piece.tokens))
         if finish is not None:
             job.ended.add(index)

@@ -6,11 +6,16 @@ from pathlib import Path
 
 from treadle.core.config import from_yaml
 from treadle.core.errors import TreadleError
-from treadle.core.pipeline import MANIFEST, Pipeline, Workspace, read_manifest
+from treadle.core.pipeline import (
+    MANIFEST,
+    PIPELINE,
+    Pipeline,
+    Workspace,
+    is_run,
+    read_manifest,
+)
 from treadle.models.source import ModelSource, Opened
 from treadle.train.run import Run, open_trained
-
-PIPELINE = "pipeline.yaml"
 
 
 class FromRun(ModelSource):
@@ -29,10 +34,6 @@ class FromRun(ModelSource):
             raise TreadleError(f"{folder} holds another model than when this was written")
         pipeline = read_pipeline(root)
         return open_trained(folder, Workspace(root, folder, pipeline, workspace.progress))
-
-
-def is_run(folder: Path) -> bool:
-    return (folder / PIPELINE).is_file()
 
 
 def read_pipeline(root: Path) -> Pipeline:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from treadle.core.errors import ConfigError, FileFormatError
 from treadle.models.decoder import DecoderModel
+from treadle.models.outline import outline
 from treadle.models.weights import Rule
 
 Shape = tuple[int, ...]
@@ -40,8 +41,7 @@ def require_plain(model: DecoderModel) -> None:
     Raises:
         ConfigError: names the parameters that are new, or gone.
     """
-    with torch.device("meta"):
-        fresh = {name for name, _ in model.config.build().named_parameters()}
+    fresh = {name for name, _ in outline(model.config).named_parameters()}
     found = {name for name, _ in model.named_parameters()}
     if changed := sorted(found - fresh) or sorted(fresh - found):
         is_new = bool(found - fresh)

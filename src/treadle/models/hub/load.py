@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from treadle.models.hub.fill import Shape, applicable, check, expected_shapes, f
 from treadle.models.hub.gguf import GGUFFile
 from treadle.models.hub.gguf_header import ROPE_DIVISORS, GgufHeader
 from treadle.models.hub.safetensors import SafetensorsFolder, open_safetensors
+from treadle.models.outline import outline
 from treadle.models.weights import Rule
 
 CARD = Card(
@@ -54,11 +56,13 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    leave: Sequence[str] = (),
 ) -> Loaded:
     """Load a Hugging Face folder (config.json, *.safetensors) or a .gguf file.
 
     Args:
         dtype: of the weights; None keeps that of a folder's files, and is float32 for GGUF.
+        leave: patterns of parameters that are not read: they stay on the meta device.
 
     Raises:
         TreadleError: nothing to load at `path`, or only a pickle.
@@ -67,13 +71,15 @@ def load_model(
     """
     path = Path(path)
     if path.is_dir():
-        return _load_folder(path, dtype, device)
+        return _load_folder(path, dtype, device, leave)
     if path.is_file():
-        return _load_gguf(path, dtype, device)
+        return _load_gguf(path, dtype, device, leave)
     raise TreadleError(f"{path}: no such file or folder")
 
 
-def _load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device | str) -> Loaded:
+def _load_folder(
+    folder: Path, dtype: torch.dtype | None, device: torch.device | str, leave: Sequence[str]
+) -> Loaded:
     config = read_config(folder)
     family = family_of_hf(config)
     spelling = family.huggingface
@@ -94,6 +100,7 @@ def _load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device |
         lambda name: tensors[names[name]],
         dtype,
         device,
+        leave,
         where=f"{folder}: not a checkpoint of {family.name} as its config.json says"
         + _likeness(stored, family, decoder),
     )
@@ -125,7 +132,9 @@ def _without_tied_copy(
     return {n: name for n, name in names.items() if n != head}
 
 
-def _load_gguf(file: Path, dtype: torch.dtype | None, device: torch.device | str) -> Loaded:
+def _load_gguf(
+    file: Path, dtype: torch.dtype | None, device: torch.device | str, leave: Sequence[str]
+) -> Loaded:
     gguf = GGUFFile.open(file)
     header = read_header(gguf)
     spelling = family_of_gguf(header.architecture)
@@ -137,6 +146,7 @@ def _load_gguf(file: Path, dtype: torch.dtype | None, device: torch.device | str
         gguf.read,
         dtype,
         device,
+        leave,
         where=f"{file}: not a model of {header.architecture} as its metadata say",
     )
     return Loaded(model, header.architecture, file, gguf.metadata)
@@ -149,14 +159,15 @@ def _filled(
     read: Callable[[str], Tensor],
     dtype: torch.dtype | None,
     device: torch.device | str,
+    leave: Sequence[str],
     *,
     where: str,
 ) -> DecoderModel:
-    with torch.device("meta"):
-        model = decoder.build()
+    model = outline(decoder)
     rules = applicable(model, rules)
     check(expected_shapes(model, rules), found, where=where)
-    fill(model, rules, read, dtype=dtype, device=device)
+    wanted = [r for r in rules if not any(fnmatchcase(n, p) for n in r.ours for p in leave)]
+    fill(model, wanted, read, dtype=dtype, device=device)
     return model.eval()
 
 

@@ -39,7 +39,7 @@ TEXT = TextCorpus(documents=PythonDocs(), context=128, tokens_per_step=1024, tok
 STEPS = 48
 
 
-def distil_ladder() -> Pipeline:
+def distill_ladder() -> Pipeline:
     student = Thinned(model=TEACHER, layers=LAYERS)
     soft = SoftLabels(weight=0.9)
     mixed = (HardLabels(weight=0.1), soft)
@@ -64,7 +64,7 @@ def distil_ladder() -> Pipeline:
         train("progressive", last, lesson(Cached(), assistant), Distil(terms=mixed), half),
     )
     steps = (step for run in runs for step in (run, measure(run.name, Trained(step=run.name))))
-    return Pipeline(name="distil-ladder", steps=(measure("teacher", TEACHER), *steps, Report()))
+    return Pipeline(name="distill-ladder", steps=(measure("teacher", TEACHER), *steps, Report()))
 
 
 def lesson(how: Lesson, teacher: ModelSource = TEACHER, source: Source = TEXT) -> Taught:

@@ -1,0 +1,69 @@
+"""Adapters on an engine that may be at work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from treadle.core.errors import TreadleError
+from treadle.core.files import StrPath
+from treadle.inference.adapters import Adapters, CannotShareError
+from treadle.inference.engine import Engine
+from treadle.inference.torch_runner import TorchRunner
+
+
+def attach(engine: Engine, name: str, folder: StrPath) -> None:
+    """Offer the adapter of a PEFT folder; a request takes it by `Request.adapter`.
+
+    Raises:
+        CannotShareError: the engine runs in native kernels, or the adapter is of a kind that
+            cannot share a batch.
+        TreadleError: the name is taken, or weights are not finite.
+        FileFormatError: a broken folder, or one for another base.
+        ConfigError: a kind of adapter, or a setting of it, that treadle does not have.
+    """
+    runner = engine.runner
+    if not isinstance(runner, TorchRunner):
+        raise CannotShareError(
+            f"adapter `{name}`: {type(runner).__name__} runs a model without adapters; take "
+            "another device, or merge it (`treadle merge`)"
+        )
+    if runner.adapters is None:
+        runner.adapters = Adapters(runner.model, engine.config.adapters)
+    runner.adapters.load(name, folder)
+
+
+def detach(engine: Engine, name: str) -> None:
+    """Withdraw an adapter.
+
+    Raises:
+        TreadleError: there is none of this name, or requests that use it are under way.
+    """
+    shelf = engine.runner.adapters
+    if shelf is None:
+        raise TreadleError(f"no adapter `{name}`: the engine has none")
+    under_way = (s for s in (*engine.running, *engine.waiting) if s.finish is None)
+    users = {s.job for s in under_way if s.request.adapter == name}
+    if users:
+        raise TreadleError(
+            f"adapter `{name}` is in use by {len(users)} requests: let them end, or cancel them"
+        )
+    shelf.unload(name)
+
+
+@contextmanager
+def applied(engine: Engine, name: str | None, tokens: int) -> Iterator[None]:
+    """While it lasts, a pass of so many tokens through the engine's model takes this adapter.
+
+    Raises:
+        TreadleError: there is none of this name, or every slot is taken by requests under way.
+    """
+    shelf = engine.runner.adapters
+    if shelf is None or name is None:
+        yield
+        return
+    others = {s.request.adapter for s in engine.running if s.request.adapter is not None}
+    if not shelf.bring({name, *others}):
+        raise TreadleError(f"all {shelf.slots} adapter slots are in use; try again")
+    with shelf.routed([(name, tokens)]):
+        yield

@@ -1,0 +1,76 @@
+"""Adapters behind one port: one base in memory, one batch for all of them."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("fastapi")
+from serving.tiny_server import running, tiny_engine
+from tiny_generation import tiny_model
+
+from treadle.inference.request import Request
+from treadle.inference.sampling import Sampling
+from treadle.peft.adapter import Adapter
+from treadle.peft.files import load_adapter, save_adapter
+from treadle.peft.lora import LoRA
+from treadle.serving.embeddings import mean_hidden
+from treadle.serving.pool import Adapted, Base
+
+
+def adapter_folder(folder: Path, seed: int, kind: Adapter) -> Path:
+    torch.manual_seed(seed)
+    model = kind(tiny_model(context=1024))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=1.0)
+    save_adapter(model, folder, base="tiny")
+    return folder
+
+
+def test_adapters_share_one_engine(tmp_path: Path) -> None:
+    """One base in memory, one batch; kinds that cannot get an engine over the same weights."""
+    kinds = {
+        "polite": LoRA(rank=2, targets=("*.q",)),
+        "terse": LoRA(rank=3, targets=("up", "v")),
+        "table": LoRA(rank=2, targets=("embedding",)),
+    }
+    folders = {n: adapter_folder(tmp_path / n, i, k) for i, (n, k) in enumerate(kinds.items())}
+    offers = [Base("tiny", tiny_engine), *(Adapted(n, "tiny", str(f)) for n, f in folders.items())]
+    asked = {"prompt": "abc", "max_tokens": 12, "temperature": 0}
+    with running(offers) as server:
+        names = ["tiny", *folders] * 2
+        with ThreadPoolExecutor(8) as threads:
+            create = server.client.completions.create
+            answers = list(threads.map(lambda n: create(model=n, **asked).choices[0].text, names))
+            embed = server.client.embeddings.create
+            vectors = list(threads.map(lambda n: embed(model=n, input="abc").data[0], names[:4]))
+        pool = server.app.service.pool
+        workers = pool.workers()
+        assert workers["polite"] is workers["terse"] is workers["tiny"]
+        assert workers["table"] is not workers["tiny"]
+        tables = [workers[n].engine.runner.model.embedding for n in ("tiny", "table")]
+        assert tables[1].base.weight.data_ptr() == tables[0].weight.data_ptr()
+        assert pool._loaded_bytes() < 1.5 * sum(p.nbytes for p in tiny_model().parameters())
+        listed = {row.id: row for row in server.client.models.list()}
+        assert listed["polite"].parent == "tiny"
+        pool._unload(pool._entries["polite"])
+        assert create(model="polite", **asked).choices[0].text == answers[1]
+        pool._unload(pool._entries["tiny"])
+        assert set(pool.workers()) == {"table"}
+        assert create(model="terse", **asked).choices[0].text == answers[2]
+    assert answers[:4] == answers[4:]
+    assert len(set(answers)) == 4
+    for name, text, vector in zip(names, answers, vectors, strict=False):
+        engine = tiny_engine()
+        if name in folders:
+            load_adapter(engine.runner.model, folders[name])
+        tokens = tuple(engine.tokenizer.encode("abc"))
+        expected = engine.generate([Request(tokens, Sampling(temperature=0, max_tokens=12))])
+        assert text == expected[0][0].text, name
+        hidden = mean_hidden(engine, list(tokens)).tolist()
+        assert vector.embedding == pytest.approx(hidden, abs=1e-4), name
