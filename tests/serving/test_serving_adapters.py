@@ -12,12 +12,13 @@ pytest.importorskip("fastapi")
 from serving.tiny_server import running, tiny_engine
 from tiny_generation import tiny_model
 
+from treadle.inference.reader import unit
 from treadle.inference.request import Request
 from treadle.inference.sampling import Sampling
 from treadle.peft.adapter import Adapter
 from treadle.peft.files import load_adapter, save_adapter
 from treadle.peft.lora import LoRA
-from treadle.serving.embeddings import mean_hidden
+from treadle.serving.embeddings import pooled
 from treadle.serving.pool import Adapted, Base
 
 
@@ -72,5 +73,5 @@ def test_adapters_share_one_engine(tmp_path: Path) -> None:
         tokens = tuple(engine.tokenizer.encode("abc"))
         expected = engine.generate([Request(tokens, Sampling(temperature=0, max_tokens=12))])
         assert text == expected[0][0].text, name
-        hidden = mean_hidden(engine, list(tokens)).tolist()
+        hidden = unit(pooled(engine, list(tokens)), None).tolist()
         assert vector.embedding == pytest.approx(hidden, abs=1e-4), name

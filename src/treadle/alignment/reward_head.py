@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from treadle.core.errors import ConfigError
-from treadle.models.decoder import DecoderModel
+from treadle.models.heads import put_head
 from treadle.models.transform import Transform
 from treadle.objectives.reward import ScoreHead
 
@@ -23,11 +22,7 @@ class RewardHead(Transform):
     """
 
     def __call__(self, model: M) -> M:
-        if not isinstance(model, DecoderModel):
-            raise ConfigError(f"RewardHead: a {type(model).__name__} is no decoder")
-        dim = model.config.dim
-        model.head = LinearScore(dim)  # type: ignore[assignment]
-        return model
+        return put_head(model, lambda m: LinearScore(m.config.dim), owner="RewardHead")
 
 
 class LinearScore(ScoreHead):

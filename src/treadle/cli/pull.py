@@ -16,9 +16,10 @@ def pull(
 ) -> None:
     """Fetch a model and print where it is; runs and other commands do so by themselves."""
     from treadle.models.hub import pull as hub
+    from treadle.models.hub.known import KNOWN
 
     if name is None:
-        for known, model in hub.KNOWN.items():
+        for known, model in KNOWN.items():
             typer.echo(f"{known:24} {model.size / 1e6:5.0f} MB  {model.terms}")
         return
     pulled = hub.pull(name, progress=lambda line: typer.echo(line, err=True))

@@ -76,8 +76,13 @@ def engine_with(opened: Opened, device: str, config: EngineConfig | None = None)
 
     from treadle.core.errors import TreadleError
     from treadle.inference.engine import Engine, EngineConfig
+    from treadle.models.decoder import is_causal
+    from treadle.models.heads import TaskHead
+    from treadle.models.hub.sentence import with_vectors
     from treadle.tokenizers.load import tokenizer_of
 
+    if not is_causal(opened.model.config) and not isinstance(opened.model.head, TaskHead):
+        with_vectors(opened)  # all that an encoder without a head can be asked for
     tokenizer, config = tokenizer_of(opened), config or EngineConfig()
     if device == NATIVE:
         from treadle.inference.native_choice import native_engine

@@ -45,6 +45,8 @@ class Batch:
     sequences: Int[Tensor, " M"]
     """Which sequence each prediction belongs to, in [0, sequence_count)."""
     sequence_count: int
+    types: Int[Tensor, " N"] | None = None
+    """Which part of its text each token belongs to (`Context.types`)."""
     task: int = 0
     """Which task the batch is of, where a source mixes several."""
 
@@ -58,7 +60,7 @@ class Batch:
         return replace(self, **tensors)
 
     def context(self) -> Packed:
-        return Packed.of(self.layout, self.tokens.device)
+        return Packed.of(self.layout, self.tokens.device, self.types)
 
     def per_sequence(self, values: Float[Tensor, " M"]) -> Float[Tensor, " S"]:
         """Sum of a value over the predictions of each sequence."""

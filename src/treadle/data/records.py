@@ -73,7 +73,42 @@ class Problem:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
-Record = Text | Chat | Preference | Labelled | Problem
+@dataclass(frozen=True)
+class Classified:
+    """A text, or a pair of texts, and its label by name or number."""
+
+    first: str
+    second: str | None
+    label: str | int
+
+
+@dataclass(frozen=True)
+class Tagged:
+    """Words, and a label for each."""
+
+    words: tuple[str, ...]
+    tags: tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Rated:
+    """A text, or a pair of texts, and a number."""
+
+    first: str
+    second: str | None
+    value: float
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A text, one that belongs to it, and some that do not though they look it."""
+
+    query: str
+    positive: str
+    negatives: tuple[str, ...] = ()
+
+
+Record = Text | Chat | Preference | Labelled | Problem | Classified | Tagged | Rated | Matched
 
 
 def user(text: str) -> Message:
@@ -97,6 +132,12 @@ def record_text(record: Record) -> str:
             return _said((*prompt, *completion))
         case Problem(prompt, answer):
             return f"{_said(prompt)}\n{answer}"
+        case Classified(first, second) | Rated(first, second):
+            return first if second is None else f"{first}\n{second}"
+        case Tagged(words):
+            return " ".join(words)
+        case Matched(query, positive):
+            return f"{query}\n{positive}"
 
 
 def _said(messages: Messages) -> str:

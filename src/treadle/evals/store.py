@@ -25,6 +25,7 @@ def fingerprint(subject: Subject) -> str:
     model = subject.model
     hasher = hashlib.sha256(json.dumps(dump(model.config), sort_keys=True).encode())
     hasher.update(subject.tokenizer.digest.encode())
+    hasher.update(repr(model.head).encode())  # how a head pools, and its labels
     device = model.embedding.weight.device.type
     with subject.autocast():
         mixed = torch.is_autocast_enabled(device)

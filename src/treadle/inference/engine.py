@@ -147,6 +147,8 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raises TreadleError where the request cannot be run, whatever else runs."""
+        if self.runner.refusal:
+            raise TreadleError(self.runner.refusal)
         length, context = len(request.prompt), self.runner.context
         if request.adapter is not None:
             known = () if self.runner.adapters is None else self.runner.adapters.names

@@ -14,7 +14,7 @@ from treadle.models.decoder import Decoder, LinearHead, TiedHead
 from treadle.nn.block import Block
 from treadle.nn.ffn.ffn import GatedMLP
 from treadle.nn.mixers.attention import Attention
-from treadle.nn.norms import PreNorm, RMSNorm, SandwichNorm
+from treadle.nn.norms import NoNorm, PreNorm, RMSNorm, SandwichNorm
 from treadle.nn.rope import Frequencies, RoPE
 
 HEAD_STEP = 16
@@ -50,6 +50,8 @@ def native_plan(decoder: Decoder, page: int) -> NativePlan:
     head_dim = first.head_dim or decoder.dim // first.heads
     if decoder.learned_positions:
         raise _refusal("learned positions")
+    if decoder.token_types or not isinstance(decoder.embedding_norm, NoNorm):
+        raise _refusal("token types or a norm of the embeddings")
     if not isinstance(decoder.head, TiedHead) and decoder.head != LinearHead():
         raise _refusal(f"the head {decoder.head!r}")
     for name, size, step in (

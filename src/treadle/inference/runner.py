@@ -52,6 +52,8 @@ class Runner(ABC):
     vocab: int
     context: int
     """Longest sequence."""
+    refusal: str = ""
+    """Why the model cannot continue a text; empty where it can."""
     adapters: Adapters | None = None
     """What requests may name besides the model itself; None: nothing."""
     lasting: bool = True

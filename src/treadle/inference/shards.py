@@ -48,10 +48,11 @@ def shard(model: DecoderModel, rank: int, size: int) -> DecoderModel:
             _shard_ffn(block.ffn, f"blocks.{index}.ffn", rank, size)
     tied = model.head.weight is model.embedding.weight
     own = span(model.config.vocab, rank, size)
-    model.head = ShardedHead(_plain(model.head, "head"), own, model.config.vocab, size)  # type: ignore[assignment]
-    model.embedding = ShardedEmbedding(model.embedding, own)
+    head = ShardedHead(_plain(model.head, "head"), own, model.config.vocab, size)
+    embedding = ShardedEmbedding(model.embedding, own)
     if tied:
-        model.head.weight = model.embedding.weight
+        embedding.weight = head.weight
+    model.embedding, model.head = embedding, head
     return model
 
 

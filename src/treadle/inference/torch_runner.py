@@ -13,7 +13,7 @@ from torch import Tensor
 from treadle.inference.cache import Cache
 from treadle.inference.paged_memory import Paged
 from treadle.inference.runner import Batch, Name, Runner
-from treadle.models.decoder import DecoderModel
+from treadle.models.decoder import DecoderModel, cannot_write
 
 
 class TorchRunner(Runner):
@@ -33,6 +33,7 @@ class TorchRunner(Runner):
         self.memory = cache.build(model, pages=pages, page=page)
         self.vocab, self.context = model.config.vocab, self.memory.context
         self.lasting = self.memory.lasting
+        self.refusal = cannot_write(model)
         self.device = model.embedding.weight.device
 
     @torch.inference_mode()

@@ -1,6 +1,8 @@
 """The decoder: embeddings, a tuple of blocks, a final norm and a head.
 
-Every decoder-only family is a value of this tree; see `models/llama.py` and its neighbours.
+Every decoder-only family is a value of this tree; see `models/llama.py` and its neighbours. So is
+an encoder: its attention is not causal, its embeddings are normed and know the parts of a text
+(`models/bert.py`).
 The model works on flat tokens `[N]` with a `Context`; a rectangle `[B T]` without one is read as
 B documents.
 """
@@ -17,12 +19,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from treadle.core.config import Config
+from treadle.core.errors import TreadleError
 from treadle.nn.block import Block
 from treadle.nn.context import Context, Packed
 from treadle.nn.ffn.moe import Experts
 from treadle.nn.layout import Layout
 from treadle.nn.linear import weight_of
-from treadle.nn.norms import Norm, RMSNorm
+from treadle.nn.mixers.attention import Attention
+from treadle.nn.norms import NoNorm, Norm, RMSNorm
 
 P = TypeVar("P", bound=Config)
 
@@ -31,8 +35,12 @@ class Head(Config):
     """A shape: hidden states to logits."""
 
     @abstractmethod
-    def build(self, vocab: int, dim: int, embedding: nn.Embedding) -> nn.Linear:
-        """A linear layer `[N dim] -> [N vocab]`."""
+    def build(self, vocab: int, dim: int, embedding: nn.Embedding) -> nn.Module:
+        """A module `[N dim] -> [N vocab]`; as a rule one linear layer."""
+
+
+class Wordless(nn.Module):
+    """A head that predicts no next token: scores, labels, vectors, masked words."""
 
 
 class TiedHead(Head):
@@ -54,7 +62,7 @@ class LinearHead(Head):
 
 
 class Decoder(Config):
-    """A decoder-only language model."""
+    """A language model."""
 
     vocab: int
     dim: int
@@ -67,6 +75,10 @@ class Decoder(Config):
     """Adds a learned vector for each position up to `context` to the embeddings (GPT-2)."""
     embedding_scale: float = 1.0
     """Factor on the embeddings (Gemma: sqrt(dim))."""
+    token_types: int = 0
+    """Learned vectors for the parts of a text, added to the embeddings (BERT: two sentences)."""
+    embedding_norm: Norm = NoNorm()
+    """Of what the first block reads (BERT)."""
     softcap: float | None = None
     """Soft limit of the logits (Gemma 2)."""
     std: float = 0.02
@@ -86,6 +98,10 @@ class DecoderModel(nn.Module):
         self.position = (
             nn.Embedding(config.context, config.dim) if config.learned_positions else None
         )
+        self.token_type = (
+            nn.Embedding(config.token_types, config.dim) if config.token_types else None
+        )
+        self.embedding_norm = config.embedding_norm.build(config.dim)
         self.blocks = nn.ModuleList(
             block.build(config.dim, layer, layers) for layer, block in enumerate(config.blocks)
         )
@@ -130,15 +146,49 @@ class DecoderModel(nn.Module):
             x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)
         if self.position is not None:
             x = x + self.position(context.positions)
-        return x
+        if self.token_type is not None:
+            kinds = torch.zeros_like(tokens) if context.types is None else context.types
+            x = x + self.token_type(kinds)
+        normed: Tensor = self.embedding_norm(x)
+        return normed
 
     def head_weight(self) -> Float[Tensor, "V D"]:
-        """The head's dense weight, for losses that never hold all logits."""
+        """The head's dense weight, for losses that never hold all logits.
+
+        Raises:
+            TreadleError: the head is no linear layer over the vocabulary.
+        """
+        if isinstance(self.head, Wordless):
+            raise TreadleError(
+                f"{_wordless(self)}: take a model with a language-modelling head, or an objective "
+                "for this head"
+            )
         return weight_of(self.head)
 
     def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """Logits of hidden states, soft-capped where the family does so."""
         return softcap(self.head(hidden), self.config.softcap)
+
+
+def is_causal(decoder: Decoder) -> bool:
+    """Whether no token sees a later one: an encoder's do."""
+    mixers = (block.mixer for block in decoder.blocks)
+    return all(mixer.causal for mixer in mixers if isinstance(mixer, Attention))
+
+
+def cannot_write(model: DecoderModel) -> str:
+    """Why a model cannot continue a text; empty where it can."""
+    if not is_causal(model.config):
+        reason = "the model is an encoder: its tokens see those that follow"
+    elif isinstance(model.head, Wordless):
+        reason = _wordless(model)
+    else:
+        return ""
+    return f"{reason}, so that it cannot continue a text; use `treadle predict` or `treadle embed`"
+
+
+def _wordless(model: DecoderModel) -> str:
+    return f"the model ends in a {type(model.head).__name__}, which predicts no next token"
 
 
 def softcap(logits: Tensor, cap: float | None) -> Tensor:

@@ -8,7 +8,18 @@ from typing import Any
 
 from treadle.core.config import dump
 from treadle.core.errors import ConfigError, TreadleError, did_you_mean
-from treadle.models import gemma, gpt1, gpt2, llama, mistral, mixtral, native, qwen, qwen_moe
+from treadle.models import (
+    bert,
+    gemma,
+    gpt1,
+    gpt2,
+    llama,
+    mistral,
+    mixtral,
+    native,
+    qwen,
+    qwen_moe,
+)
 from treadle.models.decoder import Decoder
 from treadle.models.family import Family, Gguf, explicit
 from treadle.models.hub.fill import applicable, expected_shapes
@@ -28,6 +39,7 @@ FAMILIES: tuple[Family, ...] = (
     gemma.GEMMA3,
     gpt2.FAMILY,
     gpt1.FAMILY,
+    bert.FAMILY,
     native.FAMILY,
 )
 """Where several express a decoder, the first is used to save it."""

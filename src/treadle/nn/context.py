@@ -31,6 +31,9 @@ class Context(ABC):
     prefix: int = field(default=0, kw_only=True)
     """Positions before the tokens of every sequence whose keys and values this context holds
     already, from a learned prefix."""
+    types: Int[Tensor, " N"] | None = field(default=None, kw_only=True)
+    """Which part of its text each token belongs to, for models that tell them apart; None: the
+    first."""
     _shared: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     def once(self, key: Hashable, compute: Callable[[], T]) -> T:
@@ -59,9 +62,13 @@ class Packed(Context):
     layout: Layout
 
     @staticmethod
-    def of(layout: Layout, device: torch.device | str = "cpu") -> Packed:
+    def of(
+        layout: Layout,
+        device: torch.device | str = "cpu",
+        types: Int[Tensor, " N"] | None = None,
+    ) -> Packed:
         positions = layout.positions.to(device)
-        return Packed(positions, int(layout.positions.max()) + 1, layout)
+        return Packed(positions, int(layout.positions.max()) + 1, layout, types=types)
 
     def attend(
         self,

@@ -42,7 +42,14 @@ class Prefixed(Context):
         parents = inner.parents or (-1,) * len(inner.lengths)
         layout = Layout((count, *inner.lengths), (-1, *(p + 1 for p in parents)))
         packed = Packed.of(layout, device)
-        return Prefixed(packed.positions[count:], packed.length, packed, tables, prefix=count)
+        return Prefixed(
+            packed.positions[count:],
+            packed.length,
+            packed,
+            tables,
+            prefix=count,
+            types=context.types,
+        )
 
     def attend(
         self,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from treadle.core.cards import Card
 from treadle.core.errors import TreadleError
 from treadle.data.batch import Batch
-from treadle.models.decoder import DecoderModel
+from treadle.models.decoder import DecoderModel, Wordless
 from treadle.objectives.dpo import PreferenceBatch
 from treadle.objectives.objective import LossOutput, Objective
 
@@ -35,7 +35,7 @@ CARD = Card(
 )
 
 
-class ScoreHead(nn.Module, ABC):
+class ScoreHead(Wordless, ABC):
     """A head that gives a number for a hidden state, where a language model has its vocabulary."""
 
     @abstractmethod

