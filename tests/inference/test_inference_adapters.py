@@ -158,7 +158,7 @@ def test_a_prefix_is_that_of_its_adapter(tmp_path: Path) -> None:
     folders = {n: folder_of(KINDS["large"], tmp_path / n, base, ord(n)) for n in "ab"}
     folders["twin"] = folders["a"]
     prompt = tuple(range(40))
-    mark = fingerprint(base, 16, lambda: torch.autocast("cpu", enabled=False))
+    mark = fingerprint(base, 16, lambda: torch.autocast("cpu", enabled=False), "")
     runner = TorchRunner(copy.deepcopy(base), pages=64)
     limits = EngineConfig(prefix_folder=str(tmp_path / "pages"))
     engine = Engine.of_runner(runner, byte_tokenizer(), limits, mark=mark)

@@ -43,9 +43,9 @@ def test_a_window_keeps_a_ring() -> None:
     runner.run(Batch(list(range(40)), [40], [0], [table], [1]))
     for start in range(40, 45):
         runner.run(Batch([1], [1], [start], [table], [1]))
-    assert runner.rows.keys[0].shape[2] == 6
-    assert runner.rows.keys[1].shape[2] >= 45
-    held = runner.rows.held(torch.tensor([45]), 45, 6)
+    assert runner.memory.rows.keys[0].shape[2] == 6
+    assert runner.memory.rows.keys[1].shape[2] >= 45
+    held = runner.memory.rows.held(torch.tensor([45]), 45, 6)
     assert sorted(held[0].tolist()) == list(range(39, 45))
 
 

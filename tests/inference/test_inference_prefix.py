@@ -167,13 +167,13 @@ def test_the_folder_is_bounded_and_drops_the_oldest(tmp_path: Path) -> None:
 
 def test_the_fingerprint_tells_weights_and_precision_apart() -> None:
     marks = [
-        fingerprint(tiny_model(), 16, nullcontext),
-        fingerprint(tiny_model(seed=1), 16, nullcontext),
-        fingerprint(tiny_model(), 8, nullcontext),
-        fingerprint(tiny_model(), 16, lambda: torch.autocast("cpu", torch.bfloat16)),
+        fingerprint(tiny_model(), 16, nullcontext, ""),
+        fingerprint(tiny_model(seed=1), 16, nullcontext, ""),
+        fingerprint(tiny_model(), 8, nullcontext, ""),
+        fingerprint(tiny_model(), 16, lambda: torch.autocast("cpu", torch.bfloat16), ""),
     ]
     assert len(set(marks)) == 4
-    assert fingerprint(tiny_model(), 16, nullcontext) == marks[0]
+    assert fingerprint(tiny_model(), 16, nullcontext, "") == marks[0]
 
 
 def test_a_runner_without_a_name_has_no_folder(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from tiny_generation import tiny_model, variants
 
+from treadle.inference.paged_memory import pages_for
 from treadle.inference.runner import Batch
-from treadle.inference.torch_runner import TorchRunner, pages_for
+from treadle.inference.torch_runner import TorchRunner
 
 LENGTHS = (40, 13, 30, 7, 22)
 

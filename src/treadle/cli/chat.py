@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from treadle.cli.command import Command
+from treadle.cli.kinds import CacheKind, DraftKind, limits_of
 
 Model = Annotated[
     str, typer.Argument(metavar="RUN|MODEL", help="A run's folder, a model, a hub id or a file.")
@@ -27,6 +28,8 @@ def chat(
     temperature: Temperature = 0.7,
     top_p: TopP = 0.95,
     seed: Seed = 0,
+    cache: CacheKind = None,
+    draft: DraftKind = None,
     device: Device = "cpu",
 ) -> None:
     """Talk with a model in the terminal. /help lists what can be typed besides text."""
@@ -35,7 +38,7 @@ def chat(
     from treadle.inference.sampling import Sampling
 
     sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
-    engine = engine_of(model, device)
+    engine = engine_of(model, device, limits_of(cache, draft))
     _ = engine.tokenizer.chat  # a model without a chat template is refused before the first word
     at_terminal(EngineVoice(engine, sampling), system).run()
 

@@ -11,6 +11,7 @@ import typer
 
 from treadle.cli.chat import Device, MaxTokens, Model, Seed, Temperature, TopP
 from treadle.cli.command import Command
+from treadle.cli.kinds import CacheKind, DraftKind, limits_of
 from treadle.cli.parallel import Experts, TensorParallel, engine_over, told_of_experts
 
 
@@ -37,12 +38,24 @@ def generate(
         list[str] | None,
         typer.Option(metavar="FOLDER", help="Continue by this adapter; repeatable, one batch."),
     ] = None,
+    beams: Annotated[
+        int | None, typer.Option(min=1, help="Search with so many beams; -n of them are told.")
+    ] = None,
+    beam_groups: Annotated[
+        int, typer.Option(min=1, help="Groups of beams that part from each other.")
+    ] = 1,
+    length_penalty: Annotated[
+        float, typer.Option(help="Above 0 beams favour long texts, below 0 short ones.")
+    ] = 1.0,
+    cache: CacheKind = None,
+    draft: DraftKind = None,
     experts: Experts = None,
     tensor_parallel: TensorParallel = 1,
     device: Device = "cpu",
 ) -> None:
     """Continue a text."""
     from treadle.inference.attach import attach
+    from treadle.inference.beam import BeamSearch
     from treadle.inference.constrained import JsonSchema, Language, Regex
     from treadle.inference.request import Request
     from treadle.inference.sampling import Sampling
@@ -59,7 +72,8 @@ def generate(
         stop=tuple(stop or ()),
         seed=seed,
     )
-    with engine_over(model, device, processes=tensor_parallel, experts=experts) as engine:
+    limits = limits_of(cache, draft)
+    with engine_over(model, device, limits, processes=tensor_parallel, experts=experts) as engine:
         if chat:
             tokens = encode_prompt(engine.tokenizer, [{"role": "user", "content": text}])
         else:
@@ -69,7 +83,11 @@ def generate(
         for folder in adapter or ():
             attach(engine, folder, folder)
         requests = [replace(request, adapter=folder) for folder in adapter or (None,)]
-        answers = engine.generate(requests)
+        if beams is None:
+            answers = engine.generate(requests)
+        else:
+            search = BeamSearch(width=beams, groups=beam_groups, length_penalty=length_penalty)
+            answers = [search(engine, request) for request in requests]
         if experts is not None:
             told_of_experts(engine)
     told = [(r.adapter, c) for r, answer in zip(requests, answers, strict=True) for c in answer]
@@ -94,6 +112,7 @@ COMMAND = Command(
         "treadle generate smollm2-135m-instruct 'The loom was'",
         "treadle generate runs/quickstart 'What is 17 + 25?' --chat -n 4 --temperature 1",
         "treadle generate smollm2-135m-instruct --json < prompt.txt",
+        "treadle generate smollm2-135m-instruct 'A loom is' --beams 6 --beam-groups 3 -n 3",
         "treadle generate smollm2-135m-instruct 'Dear' --adapter adapters/a --adapter adapters/b",
     ),
 )

@@ -12,7 +12,7 @@ from treadle.cli.models import open_model
 from treadle.cli.voice import engine_of
 
 if TYPE_CHECKING:
-    from treadle.inference.engine import Engine
+    from treadle.inference.engine import Engine, EngineConfig
 
 Experts = Annotated[
     int | None,
@@ -25,7 +25,12 @@ TensorParallel = Annotated[
 
 @contextmanager
 def engine_over(
-    target: str, device: str, *, processes: int = 1, experts: int | None = None
+    target: str,
+    device: str,
+    config: EngineConfig,
+    *,
+    processes: int = 1,
+    experts: int | None = None,
 ) -> Iterator[Engine]:
     """An engine with the model that `target` names; in processes but the first, an exit.
 
@@ -38,16 +43,16 @@ def engine_over(
             many processes, or the model has no experts that could stay in its file.
     """
     if experts is not None:
-        yield _offloaded(target, device, processes, experts)
+        yield _offloaded(target, device, config, processes, experts)
         return
     if processes == 1:
-        yield engine_of(target, device)
+        yield engine_of(target, device, config)
         return
     import torch.distributed as dist
 
-    from treadle.inference.engine import Engine, EngineConfig
+    from treadle.inference.engine import Engine
+    from treadle.inference.paged_memory import Paged, pages_for
     from treadle.inference.tensor_parallel import TensorParallelRunner, follow, join
-    from treadle.inference.torch_runner import pages_for
     from treadle.tokenizers.load import tokenizer_of
 
     rank, chosen = join(processes, device)
@@ -55,12 +60,10 @@ def engine_over(
         opened = open_model(target)
         model = opened.model.requires_grad_(False).eval().to(chosen)
         if rank:
-            follow(model)
+            follow(model, config.cache or Paged())
             raise typer.Exit
-        config = EngineConfig()
-        runner = TensorParallelRunner(
-            model, pages=pages_for(model, config.slots, config.cache_tokens)
-        )
+        pages = pages_for(model, config.slots, config.cache_tokens)
+        runner = TensorParallelRunner(model, pages=pages, cache=config.cache or Paged())
         try:
             yield Engine.of_runner(runner, tokenizer_of(opened), config)
         finally:
@@ -79,7 +82,9 @@ def told_of_experts(engine: Engine) -> None:
     typer.secho(f"({found} of {asked} experts were in memory)", dim=True, err=True)
 
 
-def _offloaded(target: str, device: str, processes: int, experts: int) -> Engine:
+def _offloaded(
+    target: str, device: str, config: EngineConfig, processes: int, experts: int
+) -> Engine:
     import torch
 
     from treadle.core.errors import TreadleError
@@ -94,4 +99,4 @@ def _offloaded(target: str, device: str, processes: int, experts: int) -> Engine
     folder = pull(target).path
     loaded = load_offloaded(folder, experts=experts, dtype=torch.float32, device=device)
     opened = Opened(loaded.model.requires_grad_(False), folder, loaded.metadata)
-    return Engine(opened.model, tokenizer_of(opened))
+    return Engine(opened.model, tokenizer_of(opened), config)

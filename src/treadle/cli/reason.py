@@ -32,9 +32,10 @@ def reason(
     Several --strategy are compared on the same problems. Private reasoning is in the results'
     answers.json and nowhere else.
     """
+    from treadle.cli.kinds import named
     from treadle.cli.models import source_of
     from treadle.cli.targets import load
-    from treadle.core.config import from_yaml, override
+    from treadle.core.config import override
     from treadle.core.errors import TreadleError
     from treadle.core.pipeline import Pipeline, execute, read_manifest
     from treadle.core.progress import standard
@@ -45,15 +46,12 @@ def reason(
     exams = [e for s in load(like).steps if isinstance(s, Evaluate) for e in s.exams]
     if not exams:
         raise TreadleError(f"{like} has no exams: name a recipe that puts problems, in --like")
-    texts = [
-        s if s.lstrip().startswith("{") else f"{{kind: {s}}}" for s in strategy or ["OneAnswer"]
-    ]
     step = Reason(
         name="reason",
         model=source_of(model),
         strategies=tuple(
-            from_yaml(t, expect=Strategy, name="--strategy")  # type: ignore[type-abstract]
-            for t in texts
+            named(text, Strategy, "--strategy")  # type: ignore[type-abstract]
+            for text in strategy or ["OneAnswer"]
         ),
         exams=tuple(e.replace(count=count) for e in {e.name: e for e in exams}.values()),
     )

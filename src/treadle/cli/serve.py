@@ -9,8 +9,10 @@ import typer
 
 from treadle.cli.chat import Device
 from treadle.cli.command import Command
+from treadle.cli.kinds import CacheKind, DraftKind, limits_of
 
 if TYPE_CHECKING:
+    from treadle.inference.engine import EngineConfig
     from treadle.serving.pool import Offer
 
 
@@ -56,6 +58,8 @@ def serve(
     drain: Annotated[
         float, typer.Option(min=0.0, help="Seconds to finish answers after SIGTERM.")
     ] = 30.0,
+    cache: CacheKind = None,
+    draft: DraftKind = None,
     device: Device = "cpu",
 ) -> None:
     """Answer the OpenAI protocol, and show a chat page."""
@@ -77,7 +81,8 @@ def serve(
         memory_bytes=None if memory is None else int(memory * 1e9),
         drain_seconds=drain,
     )
-    offers = offers_of(models, adapter or [], device, slots, adapter_slots)
+    limits = limits_of(cache, draft, slots=slots, adapters=adapter_slots)
+    offers = offers_of(models, adapter or [], device, limits)
     trials = [parse_trial(text) for text in trial or ()]
     app = build(offers, config, trials=trials, trial_log=trial_log)
     listener = listen(config)
@@ -93,7 +98,7 @@ def serve(
 
 
 def offers_of(
-    models: list[str], adapters: list[str], device: str, slots: int, adapter_slots: int
+    models: list[str], adapters: list[str], device: str, limits: EngineConfig
 ) -> list[Offer]:
     """What the arguments name.
 
@@ -104,11 +109,9 @@ def offers_of(
 
     from treadle.cli.voice import engine_of
     from treadle.core.errors import TreadleError
-    from treadle.inference.engine import EngineConfig
     from treadle.serving.pool import Adapted, Base
 
     offers: list[Offer] = []
-    limits = EngineConfig(slots=slots, adapters=adapter_slots)
     for text in models:
         name, equals, target = text.partition("=")
         if not equals:

@@ -30,6 +30,10 @@ def engine_of(target: str, device: str, config: EngineConfig | None = None) -> E
 
     opened = open_model(target)
     if device == NATIVE:
+        if config is not None and config.cache is not None:
+            raise TreadleError(
+                "the native kernels keep keys and values in pages of their own: leave --cache out"
+            )
         from treadle.inference.native_runner import NativeRunner
         from treadle.peft.adapter import merge
 

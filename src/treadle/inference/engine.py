@@ -13,19 +13,23 @@ from pathlib import Path
 
 import torch
 
-from treadle.core.errors import TreadleError, did_you_mean
+from treadle.core.config import to_yaml
+from treadle.core.errors import ConfigError, TreadleError, did_you_mean
 from treadle.inference.blocks import Blocks
+from treadle.inference.contiguous import Contiguous
 from treadle.inference.detokenizer import Detokenizer
 from treadle.inference.draw import draw
 from treadle.inference.limits import EngineConfig as EngineConfig
+from treadle.inference.paged_memory import Paged, pages_for
 from treadle.inference.prefix_folder import PrefixFolder, fingerprint
 from treadle.inference.request import Completion, Delta, Request
 from treadle.inference.runner import Batch, Runner
 from treadle.inference.scheduler import QueueFullError, Scheduler
 from treadle.inference.sequence import Active
 from treadle.inference.speculative import Draft
-from treadle.inference.torch_runner import TorchRunner, pages_for
+from treadle.inference.torch_runner import TorchRunner
 from treadle.models.decoder import DecoderModel
+from treadle.peft.prefix import prefix_of
 from treadle.tokenizers.tokenizer import Tokenizer
 
 
@@ -41,8 +45,10 @@ class Engine:
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         pages = pages_for(model, config.slots, config.cache_tokens)
-        runner = TorchRunner(model, pages=pages, autocast=autocast)
-        mark = fingerprint(model, runner.page, autocast) if config.prefix_folder else ""
+        cache = config.cache or (Paged() if prefix_of(model) is None else Contiguous())
+        runner = TorchRunner(model, pages=pages, cache=cache, autocast=autocast)
+        kept = to_yaml(cache)
+        mark = fingerprint(model, runner.page, autocast, kept) if config.prefix_folder else ""
         self._open(runner, tokenizer, config, mark)
 
     @classmethod
@@ -72,6 +78,13 @@ class Engine:
                 )
             limit = int(config.prefix_gigabytes * 1e9)
             folder = PrefixFolder(Path(config.prefix_folder), mark, limit)
+        if not runner.lasting:
+            for name, given in (("prefix_folder", folder), ("draft", config.draft)):
+                if given is not None:
+                    raise ConfigError(
+                        f"EngineConfig.{name} needs pages that last: leave it out, or use a cache "
+                        "of kind Paged or Quantised"
+                    )
         self.runner, self.tokenizer, self.config = runner, tokenizer, config
         self.scheduler = Scheduler(
             Blocks(runner.pages, runner.page),
@@ -103,7 +116,7 @@ class Engine:
             TreadleError: an empty prompt, or one that leaves no room in the model's context.
             QueueFullError: `EngineConfig.queue` requests wait already.
         """
-        self._check(request)
+        self.check(request)
         if self.config.queue is not None and len(self.waiting) >= self.config.queue:
             raise QueueFullError(
                 f"{len(self.waiting)} requests wait, as many as EngineConfig.queue allows: "
@@ -127,7 +140,8 @@ class Engine:
         self.scheduler.add(leader)
         return job
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
+        """Raises TreadleError where the request cannot be run, whatever else runs."""
         length, context = len(request.prompt), self.runner.context
         if request.adapter is not None:
             known = () if self.runner.adapters is None else self.runner.adapters.names
@@ -200,7 +214,7 @@ class Engine:
         `progress(finished, total)` is called as completions end.
         """
         for request in requests:
-            self._check(request)
+            self.check(request)
         queue = deque(enumerate(requests))
         total = sum(r.n for r in requests)
         places: dict[int, int] = {}
@@ -255,4 +269,5 @@ def _batch(plan: list[tuple[Active, int]]) -> Batch:
         tables=[s.table for s, _ in plan],
         outputs=[1 + len(s.draft) if n >= s.pending else 0 for s, n in plan],
         adapters=[s.request.adapter for s, _ in plan],
+        names=[s.name for s, _ in plan],
     )

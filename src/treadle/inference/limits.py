@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from treadle.core.config import Config
+from treadle.inference.cache import Cache
 from treadle.inference.speculative import Draft
 
 
@@ -18,6 +19,9 @@ class EngineConfig(Config):
     cache_tokens: int | None = Field(None, ge=1)
     """Tokens whose keys and values are kept; None: what the slots can need, but at most a quarter
     of the machine's memory."""
+    cache: Cache | None = None
+    """How they are kept, where plain torch runs the model; None: Paged, or Contiguous behind a
+    learned prefix."""
     queue: int | None = Field(None, ge=1)
     """Requests that may wait; None: any number."""
     adapters: int = Field(8, ge=1)

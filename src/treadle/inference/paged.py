@@ -62,8 +62,7 @@ class Shapes(Context):
         v: Float[Tensor, "N G E"],
         rule: AttentionRule,
     ) -> Float[Tensor, "N H E"]:
-        self.store.fit(self.store.keys, layer, k)
-        self.store.fit(self.store.values, layer, v)
+        self.store.write(layer, k, v, torch.zeros_like(self.positions))
         return q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
 
 
@@ -95,16 +94,13 @@ class Extended(Context):
         v: Float[Tensor, "N G E"],
         rule: AttentionRule,
     ) -> Float[Tensor, "N H E"]:
-        keys, values = self.store.keys[layer], self.store.values[layer]
         out = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device)
         for part in self.once(rule, lambda: self._gather(rule, q.dtype)):
             rows = len(part.queries)
             q_ = q[part.queries.clamp(min=0)].transpose(1, 2)
-            k_, v_ = (
-                t.index_select(0, part.places.flatten()).unflatten(0, (rows, -1)).transpose(1, 2)
-                for t in (keys, values)
-            )
-            found = attention(q_, k_.to(q.dtype), v_.to(q.dtype), part.mask, rule)
+            held = self.store.read(layer, part.places.flatten(), q.dtype)
+            k_, v_ = (t.unflatten(0, (rows, -1)).transpose(1, 2) for t in held)
+            found = attention(q_, k_, v_, part.mask, rule)
             out[part.tokens] = found.transpose(1, 2).flatten(0, 1)[part.kept].to(q.dtype)
         return out
 
@@ -169,7 +165,7 @@ class Decoding(Context):
         own = self.once("rows", lambda: torch.arange(count, device=q.device))
         if self.behind is not None:
             rows, positions, places = self.once(("behind", window), lambda: self._kept(window))
-            old_k, old_v = self.store.keys[layer][places], self.store.values[layer][places]
+            old_k, old_v = self.store.read(layer, places, k.dtype)
             self.rows.write(layer, old_k, old_v, rows, positions, window)
         self.rows.write(layer, k, v, own, self.positions, window)
         mask = self.once((rule, q.dtype), lambda: self._mask(rule, q.dtype))

@@ -27,15 +27,18 @@ from treadle.models.decoder import DecoderModel
 
 
 def fingerprint(
-    model: DecoderModel, page: int, autocast: Callable[[], AbstractContextManager[object]]
+    model: DecoderModel,
+    page: int,
+    autocast: Callable[[], AbstractContextManager[object]],
+    cache: str,
 ) -> str:
-    """Equal where pages are interchangeable: shape, weights, precision, page size."""
+    """Equal where pages are interchangeable: shape, weights, precision, page size, cache."""
     hasher = hashlib.blake2b(json.dumps(dump(model.config), sort_keys=True).encode())
     device = model.embedding.weight.device.type
     with autocast():
         mixed = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if mixed else None
-    hasher.update(f"{page} {dtype}".encode())
+    hasher.update(f"{page} {dtype} {cache}".encode())
     for name, tensor in model.state_dict().items():
         hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)

@@ -29,6 +29,10 @@ class Rows:
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
 
+    @property
+    def bytes(self) -> int:
+        return sum(t.nbytes for store in (self.keys, self.values) for t in store.values())
+
     def assign(self, tables: Sequence[list[int]], starts: Sequence[int]) -> list[int]:
         """Which sequence has row 0, 1, ...: each keeps the row that holds its tokens already."""
         while len(self.lengths) < len(tables):

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from treadle.inference.adapters import Adapters
 
+Name = tuple[int, int]
+"""Of a sequence: its request's number, and which of the request's n it is."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -35,6 +38,8 @@ class Batch:
     """How many of the last new tokens of each sequence want logits; 0 while a prompt is unread."""
     adapters: list[str | None] = field(default_factory=list)
     """Of each sequence; empty: none has one."""
+    names: list[Name] = field(default_factory=list)
+    """Of each sequence; runners whose pages last do without."""
 
 
 class Runner(ABC):
@@ -49,10 +54,22 @@ class Runner(ABC):
     """Longest sequence."""
     adapters: Adapters | None = None
     """What requests may name besides the model itself; None: nothing."""
+    lasting: bool = True
+    """Pages keep all that was written to them, so that others with the same beginning can share
+    them, and a sequence can be cut back. False: pages only count tokens, and what is kept of a
+    sequence goes by its name."""
 
     @abstractmethod
     def run(self, batch: Batch) -> Float[Tensor, "N V"]:
         """Store the new tokens' keys and values; float32 logits of the wanted tokens, in order."""
+
+    def fork(self, name: Name, other: Name) -> None:
+        """`other` goes on from what `name` holds."""
+        return
+
+    def end(self, name: Name) -> None:
+        """This sequence is gone, or begins anew."""
+        return
 
     @abstractmethod
     def copy(self, source: int, target: int) -> None:

@@ -84,7 +84,7 @@ class Scheduler:
         for sequence, count in plan:
             # Guesses count when they are accepted.
             sequence.computed += count - len(sequence.draft)
-            if sequence.computed // page > len(sequence.keys):
+            if self.runner.lasting and sequence.computed // page > len(sequence.keys):
                 known = sequence.slice(0, sequence.computed)
                 for key in self.blocks.chain(known, sequence.keys, mark=sequence.mark):
                     place = sequence.table[len(sequence.keys)]
@@ -101,6 +101,7 @@ class Scheduler:
             self.blocks.hold(sequence.table)
             fork.table, fork.keys = list(sequence.table), list(sequence.keys)
             fork.computed, fork.cached = sequence.computed, sequence.cached
+            self.runner.fork(sequence.name, fork.name)
         self.running += forks
         return forks
 
@@ -207,6 +208,7 @@ class Scheduler:
         self.add(sequence)
 
     def _drop(self, sequence: Active) -> None:
+        self.runner.end(sequence.name)
         self.blocks.release(sequence.table)
         sequence.table, sequence.keys, sequence.draft = [], [], []
         sequence.computed = 0

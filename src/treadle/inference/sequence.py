@@ -8,6 +8,7 @@ from typing import Literal
 from treadle.inference.constraint import Constraint
 from treadle.inference.detokenizer import Detokenizer
 from treadle.inference.request import Completion, Finish, Request
+from treadle.inference.runner import Name
 
 
 @dataclass(eq=False)
@@ -38,6 +39,10 @@ class Active:
 
     draft: list[int] = field(default_factory=list)
     """Guesses that run in this pass behind the last known token."""
+
+    @property
+    def name(self) -> Name:
+        return (self.job, self.index)
 
     @property
     def rank(self) -> tuple[int, int, int]:

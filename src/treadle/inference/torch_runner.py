@@ -1,11 +1,4 @@
-"""A runner in plain torch: any decoder, its adapters, quantised layers and autocast included.
-
-One pass has three kinds of sequences, each attended in the way that is cheapest for it:
-
-    fresh      new prompts, within themselves, as a packed training batch
-    extended   several tokens after a cached beginning, on keys gathered from pages
-    decoding   one token each, on contiguous rows that follow the pages
-"""
+"""A runner in plain torch: any decoder, its adapters, quantised layers and autocast included."""
 
 from __future__ import annotations
 
@@ -13,32 +6,18 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 
-import psutil
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from treadle.core.cards import Card
-from treadle.inference.paged import Decoding, Extended, Pass, Shapes
-from treadle.inference.pages import Pages
-from treadle.inference.rows import Rows
-from treadle.inference.runner import Batch, Runner
+from treadle.inference.cache import Cache
+from treadle.inference.paged_memory import Paged
+from treadle.inference.runner import Batch, Name, Runner
 from treadle.models.decoder import DecoderModel
-from treadle.nn.context import Packed
-from treadle.nn.layout import Layout
-from treadle.nn.mixers.attention import AttentionLayer
-
-CARD = Card(
-    id="inf.kv_cache",
-    paper="Pope et al. 2022, arXiv:2211.05102; Kwon et al. 2023, PagedAttention, arXiv:2309.06180",
-    summary="Paged key-value cache; decoding reads contiguous rows, rings where layers slide.",
-    recipe="treadle chat smollm2-135m-instruct",
-    oracle="tests/inference/test_inference_cache.py::test_cached_equals_uncached",
-)
 
 
 class TorchRunner(Runner):
-    """A decoder with `pages` pages of `page` tokens."""
+    """A decoder with `pages` pages of `page` tokens, kept as `cache` says."""
 
     def __init__(
         self,
@@ -46,44 +25,24 @@ class TorchRunner(Runner):
         *,
         pages: int,
         page: int = 16,
+        cache: Cache = Paged(),
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.model, self.autocast = model, autocast
         self.page, self.pages = page, pages
-        self.vocab, self.context = model.config.vocab, model.config.context
+        self.memory = cache.build(model, pages=pages, page=page)
+        self.vocab, self.context = model.config.vocab, self.memory.context
+        self.lasting = self.memory.lasting
         self.device = model.embedding.weight.device
-        self.store = Pages(page, pages, self.device)
-        self.rows = Rows(page)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Float[Tensor, "N V"]:
-        fresh = [i for i, start in enumerate(batch.starts) if start == 0]
-        later = [i for i, start in enumerate(batch.starts) if start > 0]
-        extended = [i for i in later if batch.counts[i] > 1]
-        decoding = [i for i in later if batch.counts[i] == 1]
-        self._announce(batch, fresh + extended, decoding)
-        if decoding:
-            rows = self.rows.assign(
-                [batch.tables[i] for i in decoding], [batch.starts[i] for i in decoding]
-            )
-            decoding = [decoding[j] for j in rows]
-        order = fresh + extended + decoding
+        order, context = self.memory.arrange(batch)
         firsts = list(accumulate(batch.counts, initial=0))
         tokens = [t for i in order for t in batch.tokens[firsts[i] : firsts[i + 1]]]
-        positions, places = self._positions(batch, order)
-        longest = max(positions) + 1
-        context = Pass(self._tensor(positions), longest, self.store, self._tensor(places))
-        if fresh:
-            layout = Layout(tuple(batch.counts[i] for i in fresh))
-            context.add(Packed.of(layout, self.device), layout.tokens)
-        if extended:
-            part = self._extended(batch, extended)
-            context.add(part, len(part.positions))
-        if decoding:
-            context.add(self._decoding(batch, decoding), len(decoding))
         with self.autocast():
             with self._routed(batch, order, batch.counts):
-                hidden = self.model(self._tensor(tokens), context)
+                hidden = self.model(torch.tensor(tokens, device=self.device), context)
             wanted = self._wanted(batch, order)
             if wanted != list(range(len(tokens))):
                 hidden = hidden[wanted]
@@ -98,105 +57,27 @@ class TorchRunner(Runner):
             return nullcontext()
         return self.adapters.routed([(batch.adapters[i], counts[i]) for i in order])
 
-    def _announce(self, batch: Batch, runs: list[int], decoding: list[int]) -> None:
-        """Make room for the pages that are written, and forget the rows that hold old contents."""
-        changed: set[int] = set()
-        for i in runs:
-            first, last = batch.starts[i], batch.starts[i] + batch.counts[i] - 1
-            changed.update(batch.tables[i][first // self.page : last // self.page + 1])
-        for i in decoding:
-            at, offset = divmod(batch.starts[i], self.page)
-            if offset == 0:
-                changed.add(batch.tables[i][at])
-        if changed:
-            self.store.reserve(max(changed))
-            self.rows.forget(changed)
-
-    def _tensor(self, values: list[int]) -> Int[Tensor, " N"]:
-        return torch.tensor(values, device=self.device)
-
-    def _positions(self, batch: Batch, order: list[int]) -> tuple[list[int], list[int]]:
-        """Of each token its position, and its place in the page store."""
-        positions: list[int] = []
-        places: list[int] = []
-        for i in order:
-            table, start = batch.tables[i], batch.starts[i]
-            own = range(start, start + batch.counts[i])
-            positions += own
-            places += [table[p // self.page] * self.page + p % self.page for p in own]
-        return positions, places
-
     def _wanted(self, batch: Batch, order: list[int]) -> list[int]:
         """Flat indices of the tokens whose logits are asked for, in the batch's own order."""
         end = dict(zip(order, accumulate(batch.counts[i] for i in order), strict=True))
         return [t for i, count in enumerate(batch.outputs) for t in range(end[i] - count, end[i])]
 
-    def _extended(self, batch: Batch, members: list[int]) -> Extended:
-        starts = [batch.starts[i] for i in members]
-        counts = [batch.counts[i] for i in members]
-        tables = [torch.tensor(batch.tables[i]) for i in members]
-        positions = torch.cat(
-            [torch.arange(s, s + n) for s, n in zip(starts, counts, strict=True)]
-        ).to(self.device)
-        longest = int(positions.max()) + 1
-        return Extended(positions, longest, self.store, starts, counts, tables)
+    def fork(self, name: Name, other: Name) -> None:
+        self.memory.fork(name, other)
 
-    def _decoding(self, batch: Batch, members: list[int]) -> Decoding:
-        """The rows' new tokens, and the older ones that rows have yet to take over from pages."""
-        rows, old, places = [], [], []
-        for row, i in enumerate(members):
-            table, start = batch.tables[i], batch.starts[i]
-            held = self.rows.grow(row, table, start + 1)
-            if held < start:
-                missing = torch.arange(held, start)
-                rows.append(torch.full_like(missing, row))
-                old.append(missing)
-                pages = torch.tensor(table)[missing // self.page]
-                places.append(pages * self.page + missing % self.page)
-        positions = torch.tensor([batch.starts[i] for i in members])
-        longest = int(positions.max()) + 1
-        self.rows.reserve(longest)
-        behind = None
-        if rows:
-            behind = (
-                torch.cat(rows).to(self.device),
-                torch.cat(old).to(self.device),
-                torch.cat(places).to(self.device),
-            )
-        return Decoding(positions.to(self.device), longest, self.store, self.rows, behind)
+    def end(self, name: Name) -> None:
+        self.memory.end(name)
 
     def copy(self, source: int, target: int) -> None:
-        self.store.copy(source, target)
-        self.rows.forget({target})
+        self.memory.copy(source, target)
 
     def save(self, page: int) -> Tensor:
-        return self.store.save(page)
-
-    def load(self, page: int, content: Tensor) -> None:
-        if not self.store.keys:
-            self._learn_shapes()
-        self.store.load(page, content)
-        self.rows.forget({page})
+        return self.memory.save(page)
 
     @torch.inference_mode()
-    def _learn_shapes(self) -> None:
-        """One token shows what the layers' keys and values look like."""
-        self.store.reserve(0)
-        shapes = Shapes(torch.zeros(1, dtype=torch.long, device=self.device), 1, self.store)
-        with self.autocast():
-            self.model(torch.zeros(1, dtype=torch.long, device=self.device), shapes)
-
-
-def pages_for(model: DecoderModel, slots: int, tokens: int | None, page: int = 16) -> int:
-    """Pages for `tokens`; None: for full contexts in all slots, in a quarter of the memory."""
-    if tokens is not None:
-        return -(-tokens // page)
-    layers = [m for m in model.modules() if isinstance(m, AttentionLayer)]
-    size = 8 * sum(m.kv_heads * m.head_dim for m in layers)
-    device = model.embedding.weight.device
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-    else:
-        memory = psutil.virtual_memory().total
-    one = -(-model.config.context // page)
-    return max(one, min(slots * one, memory // 4 // (page * max(1, size))))
+    def load(self, page: int, content: Tensor) -> None:
+        shapes = self.memory.shapes()
+        if shapes is not None:  # one token shows what the layers' keys and values look like
+            with self.autocast():
+                self.model(torch.zeros(1, dtype=torch.long, device=self.device), shapes)
+        self.memory.load(page, content)

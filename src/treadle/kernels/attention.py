@@ -1,7 +1,7 @@
 """Attention of queries on keys whose positions are known: the one formula behind every cache.
 
     out_i = sum_j softmax_j( cap(scale * q_i . k_j) + bias(p_i - p_j) ) v_j
-    over the keys j with 0 <= p_j, p_j <= p_i (causal) and p_i - p_j < window
+    over the keys j with 0 <= p_j, p_j <= p_i (causal) and (p_i - p_j < window or p_j < sinks)
 
 The mask is a function of positions alone, so packed training, a contiguous cache, a rolling
 cache and a token tree all use this one function. `attention_reference` is the definition;
@@ -26,6 +26,8 @@ class AttentionRule:
     causal: bool = True
     window: int | None = None
     """Sliding window: how many positions back a token sees, itself included."""
+    sinks: int = 0
+    """First positions that a token sees though they lie before its window (Xiao et al. 2023)."""
     softcap: float | None = None
     """cap(s) = softcap * tanh(s / softcap), Gemma 2."""
     slopes: tuple[float, ...] | None = None
@@ -41,7 +43,8 @@ def visible(
     if rule.causal:
         seen = seen & (distance >= 0)
     if rule.window is not None:
-        seen = seen & (distance.abs() < rule.window)
+        near = distance.abs() < rule.window
+        seen = seen & (near | (k_positions < rule.sinks)[:, None, :])
     return seen
 
 
@@ -65,16 +68,11 @@ def attention_mask(
     return bias.masked_fill(~seen[:, None], float("-inf"))
 
 
-def attention_reference(
-    q: Float[Tensor, "B H Q D"],
-    k: Float[Tensor, "B G K D"],
-    v: Float[Tensor, "B G K E"],
-    mask: Tensor,
-    rule: AttentionRule,
-) -> Float[Tensor, "B H Q E"]:
-    """The definition, with all scores in memory; used where no fused kernel has the rule."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+def attention_weights(
+    q: Float[Tensor, "B H Q D"], k: Float[Tensor, "B G K D"], mask: Tensor, rule: AttentionRule
+) -> Float[Tensor, "B H Q K"]:
+    """How much each query attends to each key, in float32 at least."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = q @ k.transpose(-1, -2)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * rule.scale
     if rule.softcap is not None:
@@ -83,7 +81,19 @@ def attention_reference(
         scores = scores.masked_fill(~mask, float("-inf"))
     else:
         scores = scores + mask
-    return scores.softmax(-1).to(v.dtype) @ v
+    return scores.softmax(-1)
+
+
+def attention_reference(
+    q: Float[Tensor, "B H Q D"],
+    k: Float[Tensor, "B G K D"],
+    v: Float[Tensor, "B G K E"],
+    mask: Tensor,
+    rule: AttentionRule,
+) -> Float[Tensor, "B H Q E"]:
+    """The definition, with all scores in memory; used where no fused kernel has the rule."""
+    weights = attention_weights(q, k, mask, rule)
+    return weights.to(v.dtype) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
 
 
 def attention(
