@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,14 +33,16 @@ def share(text: str, low: str, high: str) -> float:
 
 
 class ConstrainedLetters(Problems):
-    """Reward: the share of small letters; the second half of the alphabet is the dangerous one."""
+    """Reward: the share of ASCII text, but the second half of the alphabet, which is dangerous,
+    pays twice as much."""
 
     def problem(self, index: int) -> Problem:
         return Problem((user(f"write {index}"),), "", "letters")
 
     def score(self, problem: Problem, completion: str) -> float:
         danger = share(completion, "n", "z")
-        return 0.5 * share(completion, "a", "m") + danger
+        safe = share(completion, " ", "Z") + share(completion, "a", "m")
+        return 0.5 * safe + danger
 
 
 class Dangerous(Reward):
@@ -71,11 +74,11 @@ class Costs(Hook):
         self.reward.append(report.metrics["reward"])
 
 
-def train(source: Source, folder: Path, steps: int) -> Costs:
-    model, costs, plan = tiny_model(), Costs(), SingleProcess()
+def train(source: Source, folder: Path, steps: int, seed: int) -> Costs:
+    model, costs, plan = tiny_model(seed=seed), Costs(), SingleProcess()
     fit(
         model,
-        source.open(env(model, folder)),
+        source.open(replace(env(model, folder), seed=1000 * seed)),
         GRPO(),
         optimizer=AdamW(lr=1e-2),
         schedule=Constant(),
@@ -89,14 +92,26 @@ def train(source: Source, folder: Path, steps: int) -> Costs:
 
 
 def test_cost_is_held_under_its_limit(tmp_path: Path) -> None:
-    """Without the constraint the dangerous letters win, since they pay twice as much."""
-    source = ConstrainedRollouts(rollouts=ROLLOUTS, cost=Dangerous(), limit=0.2, rate=0.3)
-    held = train(source, tmp_path / "held", 60)
-    free = train(source.replace(multiplier=1e-9, rate=1e-9), tmp_path / "free", 40)
+    """The multiplier begins where danger pays best, and must rise to turn the policy to what is
+    safe; three models. Without it danger wins."""
+    many = ROLLOUTS.replace(completions=16)
+    source = ConstrainedRollouts(
+        rollouts=many, cost=Dangerous(), limit=0.05, multiplier=0.3, rate=0.1
+    )
+    begun, ended, highest, cost = [], [], [], []
+    for seed in range(3):
+        held = train(source, tmp_path / f"held-{seed}", 40, seed)
+        safe = [2 * (reward - cost) for reward, cost in zip(held.reward, held.cost, strict=True)]
+        begun.append(sum(safe[:5]) / 5)
+        ended.append(sum(safe[-10:]) / 10)
+        cost.append(sum(held.cost[-10:]) / 10)
+        highest.append(max(held.cost))
+    assert sum(cost) / 3 < 0.05
+    assert sum(highest) / 3 > 2 * 0.05
+    assert sum(ended) / 3 > 0.8
+    assert sum(ended) > 1.8 * sum(begun)
+    free = train(source.replace(multiplier=1e-9, rate=1e-9), tmp_path / "free", 40, 0)
     assert sum(free.cost[-3:]) / 3 > 0.5
-    assert sum(held.cost[-10:]) / 10 < 0.25
-    safe = [reward - cost for reward, cost in zip(held.reward, held.cost, strict=True)]
-    assert sum(safe[-10:]) > 1.2 * sum(safe[:10])
 
 
 def test_the_multiplier_and_the_rewards(tmp_path: Path) -> None:

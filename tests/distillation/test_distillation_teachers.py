@@ -10,17 +10,21 @@ from tiny_generation import tiny_model
 from tiny_teachers import OPENED, Lines, TinyTeacher, env, workspace
 
 from treadle.core.errors import ConfigError, FileFormatError, TreadleError
+from treadle.core.pipeline import Workspace
 from treadle.data.corpus import TextCorpus
 from treadle.data.source import Work
 from treadle.distillation.cached import Cached
 from treadle.distillation.students import Reinitialised, Thinned, thinned
 from treadle.distillation.taught import Lesson, Live, Taught
+from treadle.models.source import ModelSource, Opened
 from treadle.nn.context import Packed
 from treadle.nn.layout import Layout
 from treadle.objectives.distil import Distil, HardLabels
 from treadle.objectives.soft_labels import SoftLabels
 from treadle.optim.adamw import AdamW
 from treadle.optim.schedules import Constant
+from treadle.peft.adapter import adapted
+from treadle.peft.lora import LoRA
 from treadle.train.fit import Fit, fit
 from treadle.train.parallel.plan import SingleProcess
 from treadle.train.precision import FP32
@@ -140,6 +144,28 @@ def test_thinned_keeps_the_chosen_blocks(tmp_path: Path) -> None:
     for layers, message in (((0, 9), "layer 9 does not exist"), ((2, 1), "ascending order")):
         with pytest.raises(ConfigError, match=message):
             Thinned(model=TinyTeacher(), layers=layers).open(work)
+
+
+def test_thinned_folds_adapters_in(tmp_path: Path) -> None:
+    class Tuned(ModelSource):
+        """A teacher with a LoRA that is not at its start."""
+
+        def open(self, workspace: Workspace) -> Opened:
+            opened = TinyTeacher().open(workspace)
+            torch.manual_seed(7)
+            model = LoRA(rank=2, targets=("q", "down"))(opened.model)
+            for layer in adapted(model).values():
+                for parameter in layer.trained():
+                    torch.nn.init.normal_(parameter, std=0.3)
+            return Opened(model, opened.origin)
+
+    work = workspace(tmp_path)
+    teacher = Tuned().open(work).model.eval()
+    student = Thinned(model=Tuned(), layers=(0, 1, 2, 3)).open(work).model.eval()
+    tokens = torch.arange(9)
+    torch.testing.assert_close(student(tokens), teacher(tokens), atol=1e-5, rtol=1e-5)
+    assert all(p.requires_grad for p in student.parameters())
+    assert not adapted(student)
 
 
 @pytest.mark.parametrize("lesson", [Live(), Cached(k=16)], ids=("live", "cached"))

@@ -109,7 +109,7 @@ def test_greedy_takes_the_best_that_is_allowed() -> None:
             logits = it.runner.model.logits(it.runner.model(torch.tensor([tokens]))[0, -1])
         choices = it.tokenizer.encode("xyz")
         tokens.append(max(choices, key=lambda t: float(logits[t])))
-    assert answer.tokens == (*tokens[3:], END)
+    assert answer.tokens == tuple(tokens[3:]), "and no token for the end, which is certain"
 
 
 def test_the_text_may_end_only_where_it_is_whole() -> None:
@@ -153,6 +153,23 @@ class Broken(Constraint):
         return None
 
     def advance(self, token: int) -> None: ...
+
+    def done(self) -> bool:
+        return False
+
+
+def test_a_complete_text_ends_without_another_pass() -> None:
+    """Nothing may follow, so no pass asks the model for the end; where more may, one does."""
+    for language, text in ((Regex(pattern="ab!"), "ab!"), (LarkGrammar(text='start: "a"'), "a")):
+        it = engine()
+        (answer,) = it.generate([request(language, 1)])[0]
+        assert (answer.text, answer.finish) == (text, "stop")
+        assert len(answer.tokens) == len(text), "a byte a token, and no token for the end"
+    open_ended = run(request(Regex(pattern="a+"), 1, logit_bias=((END, 50.0),)))[0]
+    assert open_ended.text == "a"
+    assert open_ended.tokens[-1] == END
+    answer = run(request(Regex(pattern="(yes|no)"), 3, min_tokens=9))[0]
+    assert answer.text in ("yes", "no"), "a complete text ends whatever it should have had"
 
 
 def test_a_constraint_that_fails_ends_its_own_text_only() -> None:

@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
-import pytest
-from tiny_generation import byte_tokenizer, tiny_model
+import copy
 
+import pytest
+import torch
+from tiny_generation import byte_tokenizer, tiny_model
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
+
+from treadle.core.errors import ConfigError
+from treadle.inference.draft_model import DraftModel, EarlyExit, ModelGuesser
 from treadle.inference.engine import Engine, EngineConfig
 from treadle.inference.request import Request
+from treadle.inference.runner import Runner
 from treadle.inference.sampling import Sampling
-from treadle.inference.speculative import NGram
+from treadle.inference.speculative import Draft, Guesser, NGram
 from treadle.inference.torch_runner import TorchRunner
+from treadle.models.hub.save import save_hf
+from treadle.tokenizers.tokenizer import Tokenizer
 
 # Few tokens in turn and no end: texts that repeat themselves.
 REPETITIVE = ((256, -99.0), *((t, 9.0) for t in (3, 4, 5)))
 
 
-def engine(*windows: int | None, pages: int = 200, draft: NGram | None = None) -> Engine:
+class Noisy(Draft):
+    """A draft model that is the model itself with other weights to some degree."""
+
+    noise: float
+
+    def open(self, runner: Runner, tokenizer: Tokenizer) -> Guesser:
+        assert isinstance(runner, TorchRunner)
+        model = copy.deepcopy(runner.model)
+        torch.manual_seed(5)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(1 + self.noise * torch.randn_like(weight))
+        return ModelGuesser(model, runner, tokenizer, 4)
+
+
+DRAFTS = (NGram(shortest=1), EarlyExit(layers=1), Noisy(noise=0.03), Noisy(noise=0.0))
+
+
+def engine(*windows: int | None, pages: int = 200, draft: Draft | None = None) -> Engine:
     runner = TorchRunner(tiny_model(*windows), pages=pages, page=4)
     return Engine.of_runner(runner, byte_tokenizer(), EngineConfig(draft=draft))
 
@@ -37,19 +65,23 @@ def requests(**sampling) -> list[Request]:
     ],
     ids=str,
 )
-def test_text_is_that_of_plain_decoding(windows, pages: int, sampling) -> None:
+@pytest.mark.parametrize("draft", DRAFTS, ids=str)
+def test_text_is_that_of_plain_decoding(windows, pages: int, sampling, draft: Draft) -> None:
     """Greedy and sampled: every seed's text is the same, so the distribution is."""
     asked = requests(**sampling)
     plain = engine(*windows).generate(asked)
-    it = engine(*windows, pages=pages, draft=NGram(shortest=1))
+    it = engine(*windows, pages=pages, draft=draft)
     found = it.generate(asked)
-    assert it.accepted > 5
+    assert 5 < it.accepted <= it.guessed
     for mine, theirs in zip(found, plain, strict=True):
         assert [c.tokens for c in mine] == [c.tokens for c in theirs]
         for a, b in zip(mine, theirs, strict=True):
             assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
     assert it.scheduler.blocks.available == pages
     assert not any(it.scheduler.blocks.references)
+    if isinstance(it.guesser, ModelGuesser):
+        it.guesser.guess([], [])
+        assert it.guesser.blocks.available == pages
 
 
 def passes(it: Engine, request: Request) -> int:
@@ -68,8 +100,50 @@ def test_right_guesses_save_passes() -> None:
     assert passes(engine(draft=NGram()), request) < 40
 
 
+def test_the_model_itself_guesses_right() -> None:
+    """Sampled too, by the same random numbers: all but what an end cuts off."""
+    it = engine(draft=Noisy(noise=0.0))
+    request = Request((1, 2), Sampling(temperature=1.0, max_tokens=61, logit_bias=((256, -99.0),)))
+    assert passes(it, request) == 1 + 60 // 5
+    assert it.accepted == it.guessed == 48
+
+
+def test_near_models_agree_more_often_than_chance() -> None:
+    """One random number for both: more draws agree than independent ones would."""
+    sampling = Sampling(temperature=1.0, max_tokens=100, logit_bias=((256, -99.0),))
+    it = engine(draft=Noisy(noise=0.03))
+    model = it.runner.model
+    assert isinstance(it.guesser, ModelGuesser)
+    ((answer,),) = it.generate([Request((1, 2), sampling)])
+    with torch.no_grad():
+        text = torch.tensor([1, 2, *answer.tokens[:-1]])
+        p, q = (
+            m.logits(m(text)).log_softmax(-1)[1:].exp() for m in (model, it.guesser.runner.model)
+        )
+    chance = float((p * q).sum(-1).mean())
+    assert it.accepted / it.guessed > 2 * chance
+
+
+def test_drafts_that_cannot_guess_are_named(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ConfigError, match="layers=2 is not fewer than the model's 2"):
+        engine(draft=EarlyExit(layers=2))
+    other = tiny_model()
+    save_hf(other, tmp_path)
+    shuffled = byte_tokenizer()
+    vocab = shuffled.backend.get_vocab()
+    swap = {"A": vocab["B"], "B": vocab["A"]}
+    other_backend = Backend(models.BPE({**vocab, **swap}, []))
+    Tokenizer(other_backend, special=shuffled.special).save(tmp_path)
+    with pytest.raises(ConfigError, match="another vocabulary than the model"):
+        engine(draft=DraftModel(model=str(tmp_path)))
+    byte_tokenizer().save(tmp_path)
+    it = engine(draft=DraftModel(model=str(tmp_path)))
+    it.generate([Request((1, 2), Sampling(temperature=0.0, max_tokens=20))])
+    assert it.accepted == it.guessed > 0
+
+
 def test_guesses_follow_the_longest_and_latest_match() -> None:
-    assert NGram(tokens=2)([1, 2, 3, 9, 9, 2, 3, 7, 1, 2, 3]) == [9, 9]
-    assert NGram(tokens=2, longest=2)([1, 2, 3, 9, 9, 2, 3, 7, 1, 2, 3]) == [7, 1]
-    assert NGram()([1, 2, 3, 4]) == []
-    assert NGram(reach=3)([1, 2, 3, 1, 2]) == []
+    assert NGram(tokens=2).after([1, 2, 3, 9, 9, 2, 3, 7, 1, 2, 3]) == [9, 9]
+    assert NGram(tokens=2, longest=2).after([1, 2, 3, 9, 9, 2, 3, 7, 1, 2, 3]) == [7, 1]
+    assert NGram().after([1, 2, 3, 4]) == []
+    assert NGram(reach=3).after([1, 2, 3, 1, 2]) == []

@@ -104,6 +104,22 @@ def test_stop_and_greedy(server: Running) -> None:
     assert cut.choices[0].finish_reason == "stop"
 
 
+def test_fewest_tokens(server: Running) -> None:
+    """A model that would end at once; the end of the text is no token of `usage`'s text."""
+
+    def count(**own: object) -> int:
+        asked = {"model": "tiny", "prompt": "abc", "max_tokens": 9, "temperature": 0}
+        answer = server.client.completions.create(
+            **asked, logit_bias={str(END): 100}, extra_body=own
+        )
+        assert answer.choices[0].finish_reason == ("length" if "ignore_eos" in own else "stop")
+        return answer.usage.completion_tokens
+
+    assert count() == 1
+    assert count(min_tokens=4) == 5
+    assert count(ignore_eos=True) == 9
+
+
 def test_logprobs_are_the_models(server: Running) -> None:
     answer = server.client.chat.completions.create(
         model="tiny", messages=HELLO, seed=2, max_tokens=8, logprobs=True

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("playwright")
 from playwright import sync_api
-from serving.tiny_server import Running, running, tiny_engine
+from serving.tiny_server import Brake, Running, running, tiny_engine
 
 from treadle.serving.pool import Base
 from treadle.serving.trial import Trial
@@ -29,6 +29,7 @@ PHONE = {"width": 390, "height": 844}
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     log = tmp_path_factory.mktemp("trial") / "votes.jsonl"
     offers = [Base("tiny", tiny_engine), Base("other", lambda: tiny_engine(1))]
+    offers.append(Brake().offer("slow"))
     trials = [Trial(name="duel", a="tiny", b="other")]
     with running(offers, trials=trials, trial_log=log) as it:
         yield it
@@ -69,7 +70,12 @@ def shot(page: Any, name: str) -> None:
 
 
 def test_a_conversation_in_a_browser(page: Any) -> None:
-    assert page.locator("#model option").all_text_contents() == ["tiny", "other", "duel (trial)"]
+    assert page.locator("#model option").all_text_contents() == [
+        "tiny",
+        "other",
+        "slow",
+        "duel (trial)",
+    ]
     page.click("#show-settings")
     page.fill("#max_tokens", "40")
     page.fill("#seed", "3")
@@ -118,6 +124,7 @@ def test_the_answer_is_the_servers(page: Any, server: Running) -> None:
 
 
 def test_stop(page: Any, server: Running) -> None:
+    page.select_option("#model", "slow")
     page.click("#show-settings")
     page.fill("#max_tokens", "900")
     page.fill("#top_k", "1")

@@ -13,7 +13,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("llguidance")
 from serving.tiny_server import Running, running, tiny_engine
 
-from treadle.serving.parse import Call, Content, OutputParser, Part, Reasoning
+from treadle.serving.parse import Arguments, Call, Content, OutputParser, Part, Reasoning
 from treadle.serving.pool import Base
 from treadle.serving.prompt import chat_prompt
 from treadle.serving.protocol import ChatBody
@@ -50,7 +50,9 @@ def split(text: str, size: int, **settings: object) -> list[Part]:
     joined: list[Part] = []
     for part in parts:
         last = joined[-1] if joined else None
-        if type(last) is type(part) and not isinstance(part, Call):
+        if isinstance(part, Arguments):
+            joined[-1] = Call(last.name, last.arguments + part.text)
+        elif type(last) is type(part) and not isinstance(part, Call):
             joined[-1] = type(part)(last.text + part.text)
         else:
             joined.append(part)
@@ -81,6 +83,21 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_c
          {"tools": ["weather"]}, [Call("weather", "{}"), Call("weather", "{}")]),
         ('{"name": "weather", "parameters": {"a": 1}}', {"tools": ["weather"], "bare": True},
          [Call("weather", '{"a": 1}')]),
+        ('<tool_call>{"name": "weather", "arguments": {"a": "\\"}{", "b": [{}]} , "id": 1}'
+         "</tool_call>x", {"tools": ["weather"]},
+         [Call("weather", '{"a": "\\"}{", "b": [{}]}'), Content("x")]),
+        ('<tool_call>{"name": "weather", "arguments": {"a": [1, ', {"tools": ["weather"]},
+         [Call("weather", '{"a": [1, ')]),
+        ('<tool_call>{"name": "weather", "arguments": {"a": [1</tool_call>\nsorry',
+         {"tools": ["weather"]}, [Call("weather", '{"a": [1'), Content("sorry")]),
+        ('<tool_call>{"name": "weather", "arguments": {}} or so', {"tools": ["weather"]},
+         [Call("weather", "{}"), Content(" or so")]),
+        ('<tool_call>{"arguments": {}, "name": "weather"}</tool_call>', {"tools": ["weather"]},
+         [Call("weather", "{}")]),
+        ('{"name": "weather", "arguments": {"a": "</tool_call>"}} then',
+         {"tools": ["weather"], "bare": True},
+         [Call("weather", '{"a": "</tool_call>"}'), Content(" then")]),
+        ((CALL + "\n") * 2, {"tools": ["weather"]}, [Call("weather", '{"city": "Ulm"}')] * 2),
         ('{"just": "json"}', {"tools": ["weather"], "bare": True}, [Content('{"just": "json"}')]),
     ],
 )  # fmt: skip
@@ -100,8 +117,13 @@ def test_a_forced_call_is_one_that_the_tool_takes(server: Running) -> None:
         assert choice == "required" or call.function.name == "weather"
         chunks = list(server.client.chat.completions.create(**asked, seed=1, stream=True))
         deltas = [c for chunk in chunks for c in chunk.choices[0].delta.tool_calls or ()]
-        assert [d.index for d in deltas] == [0]
-        assert deltas[0].function.arguments == call.function.arguments
+        assert {d.index for d in deltas} == {0}
+        assert (deltas[0].id or "").startswith("call_")
+        assert deltas[0].function.name == call.function.name
+        assert deltas[0].function.arguments == ""
+        assert all(d.id is None and d.function.name is None for d in deltas[1:])
+        assert len(deltas) > 3, "arguments come as they are written"
+        assert "".join(d.function.arguments for d in deltas) == call.function.arguments
         assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 

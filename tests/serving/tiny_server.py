@@ -7,11 +7,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from socket import socket
 
 from openai import OpenAI
 from tiny_generation import byte_tokenizer, tiny_model
+from torch import Tensor
 
 from treadle.inference.engine import Engine, EngineConfig
+from treadle.inference.runner import Batch
 from treadle.serving.app import App, build
 from treadle.serving.config import Serve
 from treadle.serving.pool import Base, Offer
@@ -20,6 +23,8 @@ from treadle.serving.trial import Trial
 from treadle.tokenizers.template import CHATML
 
 CONTEXT = 1024
+WAIT = 60.0
+"""Seconds that something may take which happens soon; nothing is timed by it."""
 
 
 def tiny_engine(seed: int = 0, *, slots: int = 16, context: int = CONTEXT) -> Engine:
@@ -27,11 +32,41 @@ def tiny_engine(seed: int = 0, *, slots: int = 16, context: int = CONTEXT) -> En
     return Engine(tiny_model(seed=seed, context=context), tokenizer, EngineConfig(slots=slots))
 
 
+def long_engine() -> Engine:
+    """One whose greedy text goes on to the token limit."""
+    engine = tiny_engine(slots=8)
+    object.__setattr__(engine.tokenizer, "stop_ids", frozenset())
+    return engine
+
+
+class Brake:
+    """A model whose passes take a while until `release`, so that what is to last, lasts."""
+
+    def __init__(self) -> None:
+        self._free = threading.Event()
+        self.release = self._free.set
+
+    def engine(self) -> Engine:
+        engine = long_engine()
+        run = engine.runner.run
+
+        def braked(batch: Batch) -> Tensor:
+            self._free.wait(0.02)
+            return run(batch)
+
+        engine.runner.run = braked  # type: ignore[method-assign]
+        return engine
+
+    def offer(self, name: str = "tiny") -> Base:
+        return Base(name, self.engine)
+
+
 class Running:
     """A server that answers at `url`."""
 
-    def __init__(self, app: App, url: str) -> None:
-        self.app, self.url = app, url
+    def __init__(self, app: App, listener: socket) -> None:
+        self.app, self.listener = app, listener
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         self.stop: Callable[[], None] = lambda: None
 
     @property
@@ -54,7 +89,7 @@ def running(
     thread = threading.Thread(
         target=loop.run_until_complete, args=(server.serve(sockets=[listener]),)
     )
-    it = Running(app, f"http://127.0.0.1:{listener.getsockname()[1]}")
+    it = Running(app, listener)
     stop = threading.Event()
 
     def stop_once() -> None:  # a second call would be a second Ctrl-C

@@ -20,13 +20,13 @@ from torch import Tensor
 from treadle.alignment.advantages import Advantage, GroupNormalised
 from treadle.alignment.frozen import NoPolicyReference, PolicyReference
 from treadle.alignment.rewards import Reward
+from treadle.alignment.samplers import OwnWeights, Sampler
 from treadle.alignment.scoring import Scored, require_sound, reward_metrics, scorer
 from treadle.core.errors import TreadleError
 from treadle.data.batch import Piece, assemble, within_budget
 from treadle.data.problems import Problems
 from treadle.data.records import Problem
 from treadle.data.source import Env, Source, Stream, Work
-from treadle.inference.engine import Engine, EngineConfig
 from treadle.inference.request import Completion, Request
 from treadle.inference.sampling import Sampling
 from treadle.objectives.policy import PolicyBatch
@@ -53,6 +53,7 @@ class Rollouts(Source):
     patience: float = Field(10.0, gt=0.0)
     """Seconds after which a verifier is given up."""
     reference: PolicyReference = NoPolicyReference()
+    sampler: Sampler = OwnWeights()
 
     def open(self, env: Env) -> RolloutStream:
         if self.prompts % env.world:
@@ -94,9 +95,7 @@ class RolloutStream(Stream):
         self.annotate = config.reference.open(env)
         self.score = scorer(config.problems, config.reward, config.patience)
         slots = config.prompts // env.world * config.completions
-        self.engine = Engine(
-            env.model, env.tokenizer, EngineConfig(slots=slots), autocast=env.autocast
-        )
+        self.sample = config.sampler.open(env, slots)
 
     def __next__(self) -> Work:
         return self.step(lambda groups: Shaped(torch.tensor([g.rewards for g in groups])))
@@ -149,9 +148,7 @@ class RolloutStream(Stream):
             chosen.append(problem)
             requests.append(Request(prompt, sampling, n=self.config.completions))
         self.env.model.eval()
-        # The update since the last step changed the weights: no page of before may be found.
-        self.engine.forget()
-        answers = self.engine.generate(requests)
+        answers = self.sample(requests)
         self.env.model.train()
         return [
             Group(

@@ -8,10 +8,12 @@ import typer
 
 from treadle import __version__
 from treadle.cli import (
+    bench,
     chat,
     export,
     generate,
     merge,
+    plan,
     pull,
     reason,
     recipes,
@@ -35,11 +37,13 @@ COMMANDS: tuple[Command, ...] = (
     chat.COMMAND,
     generate.COMMAND,
     serve.COMMAND,
+    bench.COMMAND,
     trial.COMMAND,
     evaluate.COMMAND,
     reason.COMMAND,
     export.COMMAND,
     merge.COMMAND,
+    plan.COMMAND,
     pull.COMMAND,
     schema.COMMAND,
     techniques.COMMAND,

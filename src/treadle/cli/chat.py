@@ -17,7 +17,12 @@ Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is
 TopP = Annotated[float, typer.Option("--top-p", help="Keep the likeliest of this total chance.")]
 Seed = Annotated[int, typer.Option("--seed", help="Same seed, same text.")]
 Device = Annotated[
-    str, typer.Option("--device", help="cpu, cuda, mps; or native: C++ kernels for CPUs, 8 bits.")
+    str,
+    typer.Option(
+        "--device",
+        help="cpu, cuda, mps; native: C++ kernels for CPUs, 8 bits or as stored; "
+        "auto: native for GGUF files in few bits.",
+    ),
 ]
 
 
@@ -30,7 +35,7 @@ def chat(
     seed: Seed = 0,
     cache: CacheKind = None,
     draft: DraftKind = None,
-    device: Device = "cpu",
+    device: Device = "auto",
 ) -> None:
     """Talk with a model in the terminal. /help lists what can be typed besides text."""
     from treadle.cli.talk import at_terminal

@@ -13,6 +13,7 @@ from treadle.cli.chat import Device, MaxTokens, Model, Seed, Temperature, TopP
 from treadle.cli.command import Command
 from treadle.cli.kinds import CacheKind, DraftKind, limits_of
 from treadle.cli.parallel import Experts, TensorParallel, engine_over, told_of_experts
+from treadle.cli.voice import on_torch
 
 
 def generate(
@@ -47,20 +48,35 @@ def generate(
     length_penalty: Annotated[
         float, typer.Option(help="Above 0 beams favour long texts, below 0 short ones.")
     ] = 1.0,
+    best_of: Annotated[
+        int | None,
+        typer.Option(min=1, help="Draw so many and tell the likeliest -n of them."),
+    ] = None,
+    compress: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01, max=1.0, help="Keep this share of all but the prompt's last paragraph."
+        ),
+    ] = None,
     cache: CacheKind = None,
     draft: DraftKind = None,
     experts: Experts = None,
     tensor_parallel: TensorParallel = 1,
-    device: Device = "cpu",
+    device: Device = "auto",
 ) -> None:
     """Continue a text."""
+    from treadle.core.errors import TreadleError
     from treadle.inference.attach import attach
     from treadle.inference.beam import BeamSearch
+    from treadle.inference.best_of import BestOf
+    from treadle.inference.compress import CompressPrompt, compress_text
     from treadle.inference.constrained import JsonSchema, Language, Regex
     from treadle.inference.request import Request
     from treadle.inference.sampling import Sampling
     from treadle.tokenizers.chat import encode_prompt
 
+    if beams is not None and best_of is not None:
+        raise TreadleError("--beams and --best-of are two searches: leave one out")
     text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
     language: Language | None = Regex(pattern=regex) if regex else None
     if json_schema is not None:
@@ -73,7 +89,11 @@ def generate(
         seed=seed,
     )
     limits = limits_of(cache, draft)
+    if adapter or experts or tensor_parallel > 1:
+        device = on_torch(device)
     with engine_over(model, device, limits, processes=tensor_parallel, experts=experts) as engine:
+        if compress is not None:
+            text = compress_text(engine, text, CompressPrompt(rate=compress))
         if chat:
             tokens = encode_prompt(engine.tokenizer, [{"role": "user", "content": text}])
         else:
@@ -83,11 +103,13 @@ def generate(
         for folder in adapter or ():
             attach(engine, folder, folder)
         requests = [replace(request, adapter=folder) for folder in adapter or (None,)]
-        if beams is None:
-            answers = engine.generate(requests)
-        else:
+        if beams is not None:
             search = BeamSearch(width=beams, groups=beam_groups, length_penalty=length_penalty)
             answers = [search(engine, request) for request in requests]
+        elif best_of is not None:
+            answers = [BestOf(of=best_of)(engine, request) for request in requests]
+        else:
+            answers = engine.generate(requests)
         if experts is not None:
             told_of_experts(engine)
     told = [(r.adapter, c) for r, answer in zip(requests, answers, strict=True) for c in answer]
@@ -113,6 +135,7 @@ COMMAND = Command(
         "treadle generate runs/quickstart 'What is 17 + 25?' --chat -n 4 --temperature 1",
         "treadle generate smollm2-135m-instruct --json < prompt.txt",
         "treadle generate smollm2-135m-instruct 'A loom is' --beams 6 --beam-groups 3 -n 3",
+        "treadle generate smollm2-135m-instruct --compress 0.5 < prompt.txt",
         "treadle generate smollm2-135m-instruct 'Dear' --adapter adapters/a --adapter adapters/b",
     ),
 )

@@ -30,6 +30,27 @@ def source_of(target: str) -> ModelSource:
     return Pretrained(name=target)
 
 
+def file_of(target: str) -> Path | None:
+    """The GGUF file that `target` names, if it names one.
+
+    Raises:
+        TreadleError: there is no such model, or the run has trained none yet.
+    """
+    from treadle.core.progress import standard
+    from treadle.models.hub.pull import pull
+    from treadle.models.source import Pretrained
+
+    source = source_of(target)
+    if not isinstance(source, Pretrained):
+        return None
+    progress = standard()
+    try:
+        path = pull(source.name, progress=progress.say).path
+    finally:
+        progress.close()
+    return path if path.suffix == ".gguf" else None
+
+
 def open_model(target: str) -> Opened:
     """The model that `target` names.
 

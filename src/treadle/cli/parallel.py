@@ -27,7 +27,7 @@ TensorParallel = Annotated[
 def engine_over(
     target: str,
     device: str,
-    config: EngineConfig,
+    limits: EngineConfig,
     *,
     processes: int = 1,
     experts: int | None = None,
@@ -43,10 +43,10 @@ def engine_over(
             many processes, or the model has no experts that could stay in its file.
     """
     if experts is not None:
-        yield _offloaded(target, device, config, processes, experts)
+        yield _offloaded(target, device, limits, processes, experts)
         return
     if processes == 1:
-        yield engine_of(target, device, config)
+        yield engine_of(target, device, limits)
         return
     import torch.distributed as dist
 
@@ -60,12 +60,12 @@ def engine_over(
         opened = open_model(target)
         model = opened.model.requires_grad_(False).eval().to(chosen)
         if rank:
-            follow(model, config.cache or Paged())
+            follow(model, limits.cache or Paged())
             raise typer.Exit
-        pages = pages_for(model, config.slots, config.cache_tokens)
-        runner = TensorParallelRunner(model, pages=pages, cache=config.cache or Paged())
+        pages = pages_for(model, limits.slots, limits.cache_tokens)
+        runner = TensorParallelRunner(model, pages=pages, cache=limits.cache or Paged())
         try:
-            yield Engine.of_runner(runner, tokenizer_of(opened), config)
+            yield Engine.of_runner(runner, tokenizer_of(opened), limits)
         finally:
             runner.close()
     finally:
@@ -83,7 +83,7 @@ def told_of_experts(engine: Engine) -> None:
 
 
 def _offloaded(
-    target: str, device: str, config: EngineConfig, processes: int, experts: int
+    target: str, device: str, limits: EngineConfig, processes: int, experts: int
 ) -> Engine:
     import torch
 
@@ -99,4 +99,4 @@ def _offloaded(
     folder = pull(target).path
     loaded = load_offloaded(folder, experts=experts, dtype=torch.float32, device=device)
     opened = Opened(loaded.model.requires_grad_(False), folder, loaded.metadata)
-    return Engine(opened.model, tokenizer_of(opened), config)
+    return Engine(opened.model, tokenizer_of(opened), limits)

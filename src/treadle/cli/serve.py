@@ -13,6 +13,7 @@ from treadle.cli.kinds import CacheKind, DraftKind, limits_of
 
 if TYPE_CHECKING:
     from treadle.inference.engine import EngineConfig
+    from treadle.serving.config import Serve
     from treadle.serving.pool import Offer
 
 
@@ -55,12 +56,19 @@ def serve(
     memory: Annotated[
         float | None, typer.Option(min=0.001, help="GB of weights that may be loaded at once.")
     ] = None,
+    prefixes: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="What was computed of prompts is kept here."),
+    ] = None,
     drain: Annotated[
         float, typer.Option(min=0.0, help="Seconds to finish answers after SIGTERM.")
     ] = 30.0,
+    replicas: Annotated[
+        int, typer.Option(min=1, help="Copies of the server, by Ray Serve where more than one.")
+    ] = 1,
     cache: CacheKind = None,
     draft: DraftKind = None,
-    device: Device = "cpu",
+    device: Device = "auto",
 ) -> None:
     """Answer the OpenAI protocol, and show a chat page."""
     _need_extra()
@@ -82,11 +90,15 @@ def serve(
         drain_seconds=drain,
     )
     limits = limits_of(cache, draft, slots=slots, adapters=adapter_slots)
+    limits = limits.model_copy(update={"prefix_folder": str(prefixes) if prefixes else None})
     offers = offers_of(models, adapter or [], device, limits)
+    shown = host if ":" not in host else f"[{host}]"
+    if replicas > 1:
+        _replicated(offers, config, replicas, trial, f"http://{shown}:{port}")
+        return
     trials = [parse_trial(text) for text in trial or ()]
     app = build(offers, config, trials=trials, trial_log=trial_log)
     listener = listen(config)
-    shown = host if ":" not in host else f"[{host}]"
     url = f"http://{shown}:{listener.getsockname()[1]}"
 
     async def run() -> None:
@@ -95,6 +107,18 @@ def serve(
         await serve_app(app, listener, lambda: _say(url, app.service.names))
 
     asyncio.run(run())
+
+
+def _replicated(
+    offers: list[Offer], config: Serve, replicas: int, trial: list[str] | None, url: str
+) -> None:
+    from treadle.core.errors import TreadleError
+    from treadle.serving import ray_app
+
+    if trial:
+        raise TreadleError("a trial's votes are counted by one server: leave out --replicas")
+    names = [offer.name for offer in offers]
+    ray_app.serve(offers, config, replicas=replicas, ready=lambda: _say(url, names))
 
 
 def offers_of(
@@ -107,7 +131,7 @@ def offers_of(
     """
     from functools import partial
 
-    from treadle.cli.voice import engine_of
+    from treadle.cli.voice import engine_of, on_torch
     from treadle.core.errors import TreadleError
     from treadle.serving.pool import Adapted, Base
 
@@ -116,7 +140,9 @@ def offers_of(
         name, equals, target = text.partition("=")
         if not equals:
             name, target = (Path(text).name if Path(text).exists() else text), text
-        offers.append(Base(name, partial(engine_of, target, device, limits)))
+        adapted = adapters and not offers
+        chosen = on_torch(device) if adapted else device  # native kernels run no adapters
+        offers.append(Base(name, partial(engine_of, target, chosen, limits)))
     for text in adapters:
         name, equals, folder = text.partition("=")
         if not (name and folder):
@@ -148,6 +174,7 @@ COMMAND = Command(
         "treadle serve smollm2-135m-instruct",
         "treadle serve runs/quickstart small=smollm2-135m-instruct --port 9000",
         "treadle serve smollm2-135m-instruct --adapter polite=adapters/a --adapter sql=adapters/b",
+        "treadle serve smollm2-135m-instruct --replicas 2",
         "treadle serve new=runs/a old=runs/b --trial duel=new:old --trial-log votes.jsonl",
     ),
 )

@@ -5,22 +5,72 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
-from treadle.cli.models import open_model
+import typer
+
+from treadle.cli.models import file_of, open_model
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from treadle.cli.talk import Message
     from treadle.inference.engine import Engine, EngineConfig
     from treadle.inference.request import Delta
     from treadle.inference.sampling import Sampling
+    from treadle.models.decoder import Decoder
+    from treadle.models.source import Opened
 
-NATIVE = "native"
+AUTO, NATIVE = "auto", "native"
 
 
 def engine_of(target: str, device: str, config: EngineConfig | None = None) -> Engine:
-    """An engine with the model that `target` names, on a torch device or in native kernels.
+    """An engine with the model that `target` names.
+
+    Args:
+        device: a torch device; `native` for the native kernels, which round what is not stored in
+            few bits to 8; `auto` for them where they run a file as it is stored, else `on_torch`.
 
     Raises:
         TreadleError: there is no such model or device, or the native kernels cannot run it.
+    """
+    file = file_of(target) if device in (AUTO, NATIVE) else None
+    engine = _as_stored(file, device, config) if file else None
+    return engine or engine_with(open_model(target), on_torch(device), config)
+
+
+def on_torch(device: str) -> str:
+    """`device`; for `auto` a GPU if there is one, else the processor."""
+    import torch
+
+    if device != AUTO:
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _as_stored(file: Path, device: str, config: EngineConfig | None) -> Engine | None:
+    """The engine of a file whose bytes the native kernels take; the model is never unpacked."""
+    from treadle.inference.limits import EngineConfig
+    from treadle.inference.native_choice import native_engine, native_support
+    from treadle.tokenizers.tokenizer import Tokenizer
+
+    config = config or EngineConfig()
+    if device == AUTO and config.cache is not None:
+        _say("no native kernels: they keep keys and values in pages of their own")
+        return None
+    found = native_support(file)
+    if found.weights is None:
+        if device == AUTO:
+            _say(f"no native kernels: {found.why}")
+        return None
+    _say(f"native kernels: {found.why}")
+    tokenizer = Tokenizer.from_gguf(found.weights.file.metadata)
+    return native_engine(found.weights, tokenizer, config)
+
+
+def engine_with(opened: Opened, device: str, config: EngineConfig | None = None) -> Engine:
+    """An engine with a model that is open already, on a torch device or in native kernels.
+
+    Raises:
+        TreadleError: there is no such device, or the native kernels cannot run the model.
     """
     import torch
 
@@ -28,23 +78,46 @@ def engine_of(target: str, device: str, config: EngineConfig | None = None) -> E
     from treadle.inference.engine import Engine, EngineConfig
     from treadle.tokenizers.load import tokenizer_of
 
-    opened = open_model(target)
+    tokenizer, config = tokenizer_of(opened), config or EngineConfig()
     if device == NATIVE:
-        if config is not None and config.cache is not None:
-            raise TreadleError(
-                "the native kernels keep keys and values in pages of their own: leave --cache out"
-            )
-        from treadle.inference.native_runner import NativeRunner
+        from treadle.inference.native_choice import native_engine
+        from treadle.inference.native_weights import RoundedModel
         from treadle.peft.adapter import merge
 
-        runner = NativeRunner(merge(opened.model), format="Q8_0")
-        torch.set_num_threads(1)  # torch's own threads would fight with the runner's
-        return Engine.of_runner(runner, tokenizer_of(opened), config or EngineConfig())
+        _say("native kernels: weights rounded to Q8_0")
+        return native_engine(RoundedModel(merge(opened.model), "Q8_0"), tokenizer, config)
     try:
         model = opened.model.requires_grad_(False).eval().to(torch.device(device))
     except (RuntimeError, AssertionError) as error:
         raise TreadleError(f"device `{device}` cannot be used: {error}") from None
-    return Engine(model, tokenizer_of(opened), config or EngineConfig())
+    return Engine(model, tokenizer, config)
+
+
+def decoder_of(engine: Engine) -> Decoder:
+    """The architecture of the model behind an engine of `engine_of`."""
+    from treadle.inference.native_runner import NativeRunner
+    from treadle.inference.torch_runner import TorchRunner
+
+    runner = engine.runner
+    if isinstance(runner, NativeRunner):
+        return runner.decoder
+    assert isinstance(runner, TorchRunner)
+    return runner.model.config
+
+
+def place_of(engine: Engine) -> str:
+    """Where an engine of `engine_of` computes: `native`, or a torch device."""
+    from treadle.inference.native_runner import NativeRunner
+    from treadle.inference.torch_runner import TorchRunner
+
+    if isinstance(engine.runner, NativeRunner):
+        return NATIVE
+    assert isinstance(engine.runner, TorchRunner)
+    return str(engine.runner.device)
+
+
+def _say(line: str) -> None:
+    typer.secho(f"({line})", dim=True, err=True)
 
 
 class EngineVoice:

@@ -6,6 +6,7 @@ Elsewhere it is *estimated* from processor time, and every report says which of 
 
 from __future__ import annotations
 
+import platform
 import threading
 import time
 from dataclasses import asdict, dataclass
@@ -14,10 +15,12 @@ from typing import Any, Literal, Self
 
 import psutil
 
+from treadle.core.joules import cards, packages
+
 WATTS_PER_BUSY_CORE = 7.5
 """Used for estimates only: a server core's share of a 2-4 W/core package at load plus memory."""
 
-RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
+STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Cost:
     peak_bytes: int
     """Highest resident memory of the process and its children while the work ran."""
     joules: float
+    """Of the whole machine where they are measured, of this process where they are estimated."""
     energy: Literal["measured", "estimated"]
 
     def plus(self, earlier: dict[str, Any] | None) -> Cost:
@@ -54,11 +58,12 @@ class Meter:
         self.interval = interval
         self.process = psutil.Process()
         self.peak = 0
-        self._stop = threading.Event()
+        self._stop, self._lock = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Self:
-        self.start, self.cpu, self.energy = time.monotonic(), self._cpu(), _rapl()
+        self.start, self.cpu = time.monotonic(), self._cpu()
+        self.packages, self.cards = packages(), cards()
         self._sample()
         self._thread.start()
         return self
@@ -70,14 +75,20 @@ class Meter:
 
     def cost(self) -> Cost:
         """What was spent since the meter was entered."""
-        seconds, cpu, energy = time.monotonic() - self.start, self._cpu() - self.cpu, _rapl()
-        measured = energy is not None and self.energy is not None
-        joules = (energy - self.energy) / 1e6 if measured else cpu * WATTS_PER_BUSY_CORE  # type: ignore[operator]
+        seconds, cpu = time.monotonic() - self.start, self._cpu() - self.cpu
+        measured, joules = bool(self.packages), self._joules()
+        if not measured:
+            joules += cpu * WATTS_PER_BUSY_CORE
         return Cost(seconds, cpu, self.peak, joules, "measured" if measured else "estimated")
 
     def _watch(self) -> None:
         while not self._stop.wait(self.interval):
             self._sample()
+            self._joules()  # often enough that no counter starts again unseen
+
+    def _joules(self) -> float:
+        with self._lock:
+            return sum(counter.joules() for counter in (*self.packages, *self.cards))
 
     def _sample(self) -> None:
         total = self.process.memory_info().rss
@@ -93,9 +104,14 @@ class Meter:
         return float(times.user + times.system + times.children_user + times.children_system)
 
 
-def _rapl() -> int | None:
-    """Microjoules of the package so far, or None where it cannot be read."""
+def highest_resident() -> int:
+    """Most bytes of memory that this process has had at a time."""
     try:
-        return int(RAPL.read_text())
-    except (OSError, ValueError):
-        return None
+        # Not `ru_maxrss`, which on Linux begins with that of the process that started this one.
+        status = STATUS.read_text(encoding="utf-8")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError):
+        import resource
+
+        unit = 1 if platform.system() == "Darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -14,7 +14,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,6 +27,7 @@ from treadle.core.errors import ConfigError, TreadleError, did_you_mean
 from treadle.core.files import sha256, write_json, write_text
 from treadle.core.machine import machine
 from treadle.core.meter import Meter
+from treadle.core.processes import OneProcess, Processes
 from treadle.core.progress import Progress, Silent, Task
 
 MANIFEST, BEGUN, SPENT = "manifest.json", "begun.json", "spent.json"
@@ -70,6 +71,7 @@ class Pipeline(Config):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     steps: tuple[Step, ...]
+    processes: Processes = OneProcess()
 
     @model_validator(mode="after")
     def _steps_read_earlier_ones(self) -> Pipeline:
@@ -284,18 +286,21 @@ def _run(step: Step, workspace: Workspace, key: str, read: Mapping[str, str]) ->
     earlier = json.loads(spent.read_text()) if spent.is_file() else None
     with Meter() as meter:
         try:
-            metrics = dict(step.execute(workspace))
+            outcome = workspace.pipeline.processes.carry_out(step, workspace)
         except BaseException:
             write_json(spent, meter.cost().plus(earlier).plain())
             raise
-    cost = meter.cost().plus(earlier)
+    spent_now = meter.cost()
+    if outcome.peak_bytes is not None:
+        spent_now = replace(spent_now, peak_bytes=outcome.peak_bytes)
+    cost = spent_now.plus(earlier)
     spent.unlink(missing_ok=True)
     record = {
         "step": step.name,
         "key": key,
         "config": dump(step),
         "reads": dict(read),
-        "metrics": metrics,
+        "metrics": dict(outcome.metrics),
         "cost": cost.plain(),
         "files": _inventory(folder),
         "versions": versions(),

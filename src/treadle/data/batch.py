@@ -45,6 +45,8 @@ class Batch:
     sequences: Int[Tensor, " M"]
     """Which sequence each prediction belongs to, in [0, sequence_count)."""
     sequence_count: int
+    task: int = 0
+    """Which task the batch is of, where a source mixes several."""
 
     def to(self, device: torch.device | str) -> Self:
         """The batch with all its tensors on `device`."""

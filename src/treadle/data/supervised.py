@@ -20,6 +20,7 @@ from treadle.data.batch import Piece, assemble, within_budget
 from treadle.data.records import Chat
 from treadle.data.source import Env, Source, Stream, Work
 from treadle.tokenizers.chat import EveryTurn, Turns, encode_chat
+from treadle.tokenizers.tokenizer import Tokenizer
 
 CARD = Card(
     id="ft.full",
@@ -89,14 +90,7 @@ class SupervisedStream(Stream):
             epoch, place = divmod(number, count)
             number = int(self.order(epoch)[place])
         chat = self.config.conversations.conversation(number)
-        encoded = encode_chat(
-            self.env.tokenizer,
-            [m.plain() for m in chat.messages],
-            tools=chat.tools or None,
-            turns=self.config.turns,
-        )
-        end = self.config.longest
-        return Piece(encoded.ids[:end], encoded.mask[:end])
+        return piece_of(chat, self.config, self.env.tokenizer)
 
     def _permutation(self, epoch: int) -> np.ndarray:
         count = self.config.conversations.count()
@@ -108,3 +102,14 @@ class SupervisedStream(Stream):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.taken, self.empty = int(state["taken"]), int(state["empty"])
+
+
+def piece_of(chat: Chat, config: Supervised, tokenizer: Tokenizer) -> Piece:
+    """A conversation in tokens, cut to the longest that the source takes."""
+    encoded = encode_chat(
+        tokenizer,
+        [m.plain() for m in chat.messages],
+        tools=chat.tools or None,
+        turns=config.turns,
+    )
+    return Piece(encoded.ids[: config.longest], encoded.mask[: config.longest])

@@ -33,14 +33,14 @@ CARDS = (
         id="kd.on_policy",
         paper="Agarwal et al. 2024, GKD, arXiv:2306.13649",
         summary="The student writes, the teacher corrects it token by token.",
-        recipe="treadle run distil-ladder",
+        recipe="treadle run distill-ladder",
         oracle="tests/distillation/test_distillation_rewritten.py::test_on_policy_matches_trl",
     ),
     Card(
         id="kd.data",
         paper="Kim and Rush 2016, arXiv:1606.07947",
         summary="The teacher writes what the student learns; what it is unsure of is left out.",
-        recipe="treadle run distil-ladder steps.on-policy.source.source.writer='{kind: ByTeacher, "
+        recipe="treadle run distill-ladder steps.on-policy.source.source.writer='{kind: ByTeacher, "
         "model: {kind: Pretrained, name: smollm2-135m-instruct}}'",
         oracle="tests/distillation/test_distillation_rewritten.py::"
         "test_teacher_writes_what_it_finds_likeliest",

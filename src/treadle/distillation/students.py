@@ -12,12 +12,17 @@ from treadle.core.pipeline import Workspace
 from treadle.models.decoder import DecoderModel
 from treadle.models.source import ModelSource, Opened
 from treadle.objectives.observe import check_layer
+from treadle.peft.adapter import merge
+from treadle.quantization.quantize import unpack
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
 class Thinned(ModelSource):
-    """Some layers of a model, with its embedding, last norm and head (Sanh et al. 2019)."""
+    """Some layers of a model, with its embedding, last norm and head (Sanh et al. 2019).
+
+    Adapters are folded into the weights first, and packed weights unpacked.
+    """
 
     model: ModelSource
     layers: tuple[int, ...] = Field(min_length=1)
@@ -36,7 +41,8 @@ class Thinned(ModelSource):
             )
         for layer in self.layers:
             check_layer(opened.model, layer)
-        return Opened(thinned(opened.model, self.layers), opened.origin, opened.metadata)
+        plain = unpack(merge(opened.model))
+        return Opened(thinned(plain, self.layers), opened.origin, opened.metadata)
 
 
 class Reinitialised(ModelSource):

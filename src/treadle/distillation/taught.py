@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from functools import cached_property
 from typing import Any, Protocol
@@ -60,8 +61,9 @@ class Teacher:
             raise TreadleError(
                 f"the teacher has a vocabulary of its own ({vocab} tokens, the student has "
                 f"{env.model.config.vocab}), so their distributions cannot be compared token by "
-                "token: take a teacher of the student's family, or cut the student out of the "
-                "teacher (Thinned)"
+                "token: take a teacher of the student's family, cut the student out of the "
+                "teacher (Thinned), or compare them rank by rank: OtherTokenizer as the lesson "
+                "and RankedLabels as the term"
             )
 
 
@@ -97,18 +99,27 @@ class Live(Lesson):
                 check_layer(teacher.model, layer)
             except ConfigError as error:
                 raise ConfigError(f"Live, of the teacher: {error}") from None
-        return _LivePupil(self, teacher, env)
+        return LivePupil(self, teacher.model, env.device, env.autocast)
 
 
-class _LivePupil:
-    def __init__(self, config: Live, teacher: Teacher, env: Env) -> None:
-        self.config, self.teacher, self.env = config, teacher, env
+class LivePupil:
+    """Asks a frozen model about every batch."""
+
+    def __init__(
+        self,
+        config: Live,
+        teacher: DecoderModel,
+        device: str,
+        autocast: Callable[[], AbstractContextManager[object]],
+    ) -> None:
+        self.config, self.teacher = config, teacher
+        self.device, self.autocast = device, autocast
 
     @torch.no_grad()
     def __call__(self, batch: Batch, step: int) -> TaughtBatch:
-        model, wanted = self.teacher.model, self.config.attention
-        here = batch.to(self.env.device)
-        with self.env.autocast():
+        model, wanted = self.teacher, self.config.attention
+        here = batch.to(self.device)
+        with self.autocast():
             seen = observe(
                 model,
                 here,

@@ -72,6 +72,11 @@ class Adapters:
         """Slots that the layers have room for; slot 0 is no adapter."""
 
     @property
+    def plain(self) -> DecoderModel:
+        """The model over the same weights, without adapters; not to be changed."""
+        return self._skeleton
+
+    @property
     def names(self) -> tuple[str, ...]:
         """All that a request may name."""
         return tuple(self._known)

@@ -118,6 +118,10 @@ class _Matcher(Constraint):
         # a parser that reaches its limits here says so at the next mask
         self.matcher.consume_token(token)
 
+    def done(self) -> bool:
+        # a parser in trouble is stopped as well
+        return bool(self.matcher.is_stopped()) and not self.matcher.is_error()
+
 
 def _first_line(text: str) -> str:
     return text.strip().split("\n")[0]

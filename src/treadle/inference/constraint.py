@@ -33,3 +33,7 @@ class Constraint(ABC):
     @abstractmethod
     def advance(self, token: int) -> None:
         """A token that `mask` allowed was drawn. Not called for a stop token."""
+
+    @abstractmethod
+    def done(self) -> bool:
+        """Nothing may follow but the end of the text, so that no pass is spent on it."""

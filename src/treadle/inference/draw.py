@@ -85,9 +85,10 @@ def _follow(sequence: Active, token: int, stops: Collection[int], context: int) 
         sequence.end("stop")
         return
     sequence.text.push(token)
-    if sequence.constraint is not None:
-        sequence.constraint.advance(token)
-    if sequence.text.stopped:
+    constraint = sequence.constraint
+    if constraint is not None:
+        constraint.advance(token)
+    if sequence.text.stopped or (constraint is not None and constraint.done()):
         sequence.end("stop")
     elif len(sequence.tokens) >= sequence.request.limit(context):
         sequence.end("length")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -22,11 +23,12 @@ from treadle.inference.draw import draw
 from treadle.inference.limits import EngineConfig as EngineConfig
 from treadle.inference.paged_memory import Paged, pages_for
 from treadle.inference.prefix_folder import PrefixFolder, fingerprint
+from treadle.inference.read import read
 from treadle.inference.request import Completion, Delta, Request
 from treadle.inference.runner import Batch, Runner
 from treadle.inference.scheduler import QueueFullError, Scheduler
 from treadle.inference.sequence import Active
-from treadle.inference.speculative import Draft
+from treadle.inference.speculative import Guesser
 from treadle.inference.torch_runner import TorchRunner
 from treadle.models.decoder import DecoderModel
 from treadle.peft.prefix import prefix_of
@@ -96,8 +98,11 @@ class Engine:
         self.jobs = 0
         self.prefilled = 0
         """Prompt tokens that were really computed."""
+        self.guesser = config.draft.open(runner, tokenizer) if config.draft is not None else None
+        self.guessed = 0
+        """Tokens that were guessed ahead and checked."""
         self.accepted = 0
-        """Guessed tokens that were right."""
+        """Those that were right."""
 
     @property
     def running(self) -> list[Active]:
@@ -148,8 +153,24 @@ class Engine:
             if request.adapter not in known:
                 hint = did_you_mean(request.adapter, known)
                 raise TreadleError(f"no adapter `{request.adapter}`{hint}")
+        if request.prompt_logprobs is not None and not self.runner.lasting:
+            raise TreadleError(
+                "log-probabilities of the prompt need pages that last: use a cache of kind Paged "
+                "or Quantised"
+            )
         if not length:
             raise TreadleError("the prompt is empty: give at least one token")
+        if request.prompt_logprobs is not None:
+            if not 0 <= request.prompt_logprobs <= self.runner.vocab:
+                raise TreadleError(
+                    f"prompt_logprobs={request.prompt_logprobs}: tokens are at least 0 and at most "
+                    f"the vocabulary of {self.runner.vocab}"
+                )
+            if not self.runner.lasting:
+                raise TreadleError(
+                    "prompt_logprobs need a cache that keeps whole prompts: use one of kind Paged "
+                    "or Quantised"
+                )
         if length >= context:
             raise TreadleError(
                 f"the prompt has {length} tokens, but the model's context is {context}: "
@@ -180,26 +201,33 @@ class Engine:
         What is under way goes on from its tokens under the new weights.
         """
         self.scheduler.forget()
+        if self.guesser is not None:
+            self.guesser.forget()
 
     @torch.inference_mode()
     def step(self) -> list[Active]:
         """Run one pass and return the sequences that were touched, finished ones too."""
         cancelled = self.scheduler.reap()
-        if self.config.draft is not None:
-            self._guess(self.config.draft)
+        if self.guesser is not None:
+            self._guess(self.guesser)
         plan = self.scheduler.schedule()
         if not plan:
             return cancelled
-        logits = self.runner.run(_batch(plan))
+        batch = _batch(plan)
+        logits = self.runner.run(batch)
+        ends = list(accumulate(batch.outputs))
+        for (sequence, _), end, count in zip(plan, ends, batch.outputs, strict=True):
+            if sequence.reads:
+                read(sequence, logits[end - count : end])
         self.prefilled += sum(count for sequence, count in plan if not sequence.tokens)
         self.scheduler.commit(plan)
-        drawing, rows, row = [], [], 0
-        for sequence, _ in plan:
+        self.guessed += sum(len(sequence.draft) for sequence, _ in plan)
+        drawing, rows = [], []
+        for (sequence, _), end in zip(plan, ends, strict=True):
             if not sequence.pending:
                 members = [sequence, *self.scheduler.part(sequence)]
                 drawing += members
-                rows += [row] * len(members)
-                row += 1 + len(sequence.draft)
+                rows += [end - 1 - len(sequence.draft)] * len(members)
         if drawing:
             stops = self.tokenizer.stop_ids
             self.accepted += draw(drawing, rows, logits, stops, self.runner.context)
@@ -252,12 +280,13 @@ class Engine:
             self.cancel(job)
             self.scheduler.reap()
 
-    def _guess(self, guess: Draft) -> None:
+    def _guess(self, guesser: Guesser) -> None:
         for sequence in self.running:
             sequence.draft = []
-            if sequence.tokens and sequence.pending == 1:
-                room = sequence.request.limit(self.runner.context) - len(sequence.tokens) - 1
-                sequence.draft = guess(sequence.slice(0, sequence.length))[: max(0, room)]
+        ready = [s for s in self.running if s.tokens and s.pending == 1]
+        rooms = [s.request.limit(self.runner.context) - len(s.tokens) - 1 for s in ready]
+        for sequence, draft in zip(ready, guesser.guess(ready, rooms), strict=True):
+            sequence.draft = draft
 
 
 def _batch(plan: list[tuple[Active, int]]) -> Batch:
@@ -267,7 +296,7 @@ def _batch(plan: list[tuple[Active, int]]) -> Batch:
         counts=[n for _, n in plan],
         starts=[s.computed for s, _ in plan],
         tables=[s.table for s, _ in plan],
-        outputs=[1 + len(s.draft) if n >= s.pending else 0 for s, n in plan],
+        outputs=[n if s.reads else 1 + len(s.draft) if n >= s.pending else 0 for s, n in plan],
         adapters=[s.request.adapter for s, _ in plan],
         names=[s.name for s, _ in plan],
     )

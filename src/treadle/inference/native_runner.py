@@ -1,6 +1,6 @@
-"""Generation on the processor: a Llama in 4 or 8 bits, one call of native code a pass.
+"""Generation on the processor: a decoder in 4 to 8 bits, one call of native code a pass.
 
-Weights lie as in GGUF's Q4_0, Q4_1 or Q8_0, repacked once; activations are rounded to 8 bits in
+Weights keep the numbers of GGUF's blocks, repacked once; activations are rounded to 8 bits in
 groups of 32; keys and values are kept in float16. A pass takes any mixture of sequences: some at
 their next token, some at a piece of their prompt.
 """
@@ -9,60 +9,57 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, chain
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
-from torch import Tensor, nn
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
 
 from treadle.core.cards import Card
 from treadle.core.errors import TreadleError
 from treadle.core.files import StrPath
 from treadle.core.machine import machine
-from treadle.inference.native_shape import frequencies_of, native_shape
+from treadle.inference.native_memory import Recycled
+from treadle.inference.native_shape import native_plan
+from treadle.inference.native_weights import NativeWeights, RoundedModel, StoredFile
 from treadle.inference.runner import Batch, Runner
-from treadle.kernels.blocks import block_format, dequantise, quantise
 from treadle.kernels.native.build import Pass, Shape, library
-from treadle.kernels.native.matrix import FORMATS, NativeMatrix
-from treadle.models.decoder import DecoderModel
-from treadle.models.families import family_of_gguf
-from treadle.models.hub.fill import applicable
-from treadle.models.hub.gguf import GGUFFile
-from treadle.models.hub.load import load_model, read_header
-from treadle.nn.block import BlockLayer
-from treadle.nn.linear import weight_of
-from treadle.nn.norms import RMSNormLayer
-from treadle.nn.rope import Frequencies
-from treadle.quantization.layers import QuantizedEmbedding, QuantizedLinear
+from treadle.kernels.native.levels import find_level
+from treadle.kernels.native.matrix import FORMATS, Arena, packed_bytes
+from treadle.models.decoder import Decoder, DecoderModel, TiedHead
+from treadle.models.hub.load import load_model
+from treadle.nn.mixers.attention import Attention
+from treadle.nn.norms import Norm, RMSNorm
 
 CARD = Card(
     id="inf.compile",
     paper="Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339; Kwon et al. 2023, PagedAttention",
-    summary="Native kernels for processors: weights in 4 or 8 bits, paged cache, one call a pass.",
+    summary="Native kernels for processors: weights in 4 to 8 bits, paged cache, one call a pass.",
     recipe="treadle generate smollm2-135m-instruct 'The loom was' --device native",
     oracle="tests/inference/test_inference_native.py::test_logits_are_those_of_the_dense_model",
 )
 
-STRIP = 16
-Blocks = tuple[UInt8[Tensor, "out b"], str]
-"""A weight as bytes, and the name of their format."""
-Find = Callable[[str], Blocks | None]
-"""The blocks in which a parameter is stored already, if it is."""
+LINEARS = ("mixer.q", "mixer.k", "mixer.v", "mixer.o", "ffn.gate", "ffn.up", "ffn.down")
+NORMS = (
+    *("mixer_norms.before", "mixer_norms.after", "ffn_norms.before", "ffn_norms.after"),
+    *("mixer.q_norm", "mixer.k_norm"),
+)
+STRIP = 32
+"""Biases are padded to a multiple of it."""
 
 
 class NativeRunner(Runner):
-    """A Llama-shaped decoder in native code.
+    """A decoder in native code.
 
     Args:
-        format: of the layers' weights, one of Q4_0, Q4_1, Q8_0. The head (and with it a tied
-            embedding) is always Q8_0, for 4 bits there cost the most quality.
         pages: how many; None for four sequences of full length.
         page: tokens in a page, a multiple of 16.
         threads: None for every core that this process may use.
-        find: weights that are stored in blocks already and need no rounding.
+        level: the processor's instructions, as in `find_level`; None for its best.
 
     Raises:
         TreadleError: the model has a part that only the torch path runs; names it. Or there is no
@@ -71,68 +68,140 @@ class NativeRunner(Runner):
 
     def __init__(
         self,
-        model: DecoderModel,
+        weights: NativeWeights,
         *,
-        format: str = "Q4_1",
         pages: int | None = None,
         page: int = 32,
         threads: int | None = None,
-        find: Find = lambda name: None,
-        flags: tuple[str, ...] = (),
+        level: str | None = None,
     ) -> None:
-        if format not in FORMATS:
-            raise TreadleError(f"format {format}: the native path has {', '.join(FORMATS)}")
         if page < 1 or page % 16:
             raise TreadleError(f"page={page}: native pages hold a multiple of 16 tokens")
-        frequencies = frequencies_of(model.config)
-        shape = native_shape(model.config, page, frequencies)
+        self.decoder = decoder = weights.decoder
+        self._plan = native_plan(decoder, page)
+        shape = self._plan.shape
         self.page, self.context, self.vocab = page, shape.context, shape.vocab
         self.pages = pages or 4 * -(-shape.context // page)
         part = page * shape.head_dim
-        self.cache = torch.zeros(
-            self.pages, shape.layers, shape.kv_heads, 2, part, dtype=torch.float16
-        )
+        size = (self.pages, shape.layers, shape.kv_heads, 2, part)
+        # Of numpy's zeros only what is written to takes memory; torch's are all written to.
+        self.cache = torch.from_numpy(np.zeros(size, dtype=np.float16))
         """Of each page, layer and head: keys [head_dim, page], then values [page, head_dim]."""
-        self.format, self._flags = format, flags
-        self._library = library(*flags)
-        self._matrices = _matrices(model, shape, format, find, flags)
-        self._norms = _norms(model)
-        self._frequencies: Frequencies = frequencies
+        self.level = find_level(level).name
+        self._library = library(find_level(level))
+        self._library.treadle_in_large_pages(self.cache.data_ptr(), self.cache.nbytes)
+        sizes = _matrix_sizes(decoder, shape)
+        needed = (packed_bytes(*size, weights.format_of(name)) for name, size in sizes.items())
+        arena = Arena(sum(needed), level)
+        threads = threads or machine()["cores"]
+        with ThreadPoolExecutor(threads) as pool:
+            self.matrices = list(pool.map(lambda name: weights.matrix(name, arena), sizes))
+        """Embedding, then of each layer those of `LINEARS`, then the head where it is not tied."""
+        embedding, *others = self.matrices
+        head = embedding if isinstance(decoder.head, TiedHead) else others.pop()
+        handles = [m.handle for m in (embedding, head, *others)]
+        self._vectors, self._results = _vectors(weights), Recycled()
+        self._ropes = self._plan.ropes()
         self._handle: int | None = self._library.treadle_decoder(
             shape,
-            threads or machine()["cores"],
-            (ctypes.c_void_p * len(self._matrices))(*(m.handle for m in self._matrices)),
-            (ctypes.c_void_p * len(self._norms))(*(n.data_ptr() for n in self._norms)),
-            frequencies.inverse.data_ptr(),
-            self.cache.data_ptr(),
+            threads,
+            (ctypes.c_void_p * len(handles))(*handles),
+            (ctypes.c_void_p * len(self._vectors))(
+                *(None if v is None else v.data_ptr() for v in self._vectors)
+            ),
+            (ctypes.c_int32 * shape.layers)(*self._plan.windows),
+            (ctypes.c_int32 * shape.layers)(*self._plan.rope_of),
+            self._ropes,
         )
         if self._handle is None:
             raise TreadleError("the native decoder got no memory or threads; free some")
         weakref.finalize(self, self._library.treadle_free_decoder, self._handle)
 
     @staticmethod
-    def open(
-        path: StrPath, *, format: str | None = None, pages: int | None = None, page: int = 32
+    def of_model(
+        model: DecoderModel,
+        *,
+        format: str = "Q8_0",
+        pages: int | None = None,
+        page: int = 32,
+        threads: int | None = None,
+        level: str | None = None,
     ) -> NativeRunner:
-        """The model of a file or folder.
+        """A model in memory, rounded: its layers to `format`, embedding and head to Q8_0."""
+        weights = RoundedModel(model, format)
+        return NativeRunner(weights, pages=pages, page=page, threads=threads, level=level)
+
+    @staticmethod
+    def open(
+        path: StrPath,
+        *,
+        format: str | None = None,
+        pages: int | None = None,
+        page: int = 32,
+        threads: int | None = None,
+        level: str | None = None,
+    ) -> NativeRunner:
+        """The model of a file or folder. Of a GGUF file, the bytes are taken as they are.
 
         Args:
-            format: to which layers are rounded that are stored otherwise; None rounds none, so all
-                must lie in one of Q4_0, Q4_1 and Q8_0 in a GGUF file, whose bytes are taken.
+            format: to which matrices are rounded that are stored in a format which the native
+                path does not run; None rounds none, and refuses such files.
 
         Raises:
-            TreadleError: `format` is None and layers are stored in several formats or in another.
+            TreadleError: `format` is None and some matrix must be rounded.
         """
-        model = load_model(path, dtype=torch.float32).model
-        stored = _stored(model, Path(path)) if Path(path).suffix == ".gguf" else {}
+        if Path(path).suffix == ".gguf":
+            weights = StoredFile(path, format)
+            return NativeRunner(weights, pages=pages, page=page, threads=threads, level=level)
         if format is None:
-            format = _one_format(model, stored, where=str(path))
-        return NativeRunner(model, format=format, pages=pages, page=page, find=stored.get)
+            raise TreadleError(
+                f"{path}: not a GGUF file, so its weights are not in few bits; the native path "
+                f"runs one of {', '.join(FORMATS)}: name one as `format` to have them rounded to it"
+            )
+        model = load_model(path, dtype=torch.float32).model
+        return NativeRunner.of_model(
+            model, format=format, pages=pages, page=page, threads=threads, level=level
+        )
 
-    @torch.no_grad()
+    @property
+    def nbytes(self) -> int:
+        """Of the matrices."""
+        return sum(packed_bytes(m.rows, m.columns, m.format.name) for m in self.matrices)
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Of the matrices, each once."""
+        return tuple(sorted({m.format.name for m in self.matrices}))
+
     def run(self, batch: Batch) -> Float[Tensor, "N V"]:
         self._check(batch)
-        logits = torch.empty(sum(batch.outputs), self.vocab)
+        # Rows a multiple of 4 KB apart would fight for the same places of the caches.
+        stride = -(-self.vocab // STRIP) * STRIP + STRIP // 2
+        logits = self._results.take(sum(batch.outputs), stride)
+        self._pass(batch, self.cache, logits=logits)
+        return logits[:, : self.vocab]
+
+    def hidden(self, tokens: list[int]) -> Float[Tensor, "N D"]:
+        """The last layer's normed rows of a text, read by itself, without touching the pages.
+
+        Raises:
+            TreadleError: it is longer than the context, or has a token of no vocabulary.
+        """
+        pages = -(-len(tokens) // self.page)
+        batch = Batch(tokens, [len(tokens)], [0], [list(range(pages))], [len(tokens)])
+        self._check(batch, pages=pages)
+        hidden = torch.empty(len(tokens), self._plan.shape.dim)
+        self._pass(batch, self.cache.new_empty(pages, *self.cache.shape[1:]), hidden=hidden)
+        return hidden
+
+    def _pass(
+        self,
+        batch: Batch,
+        cache: Tensor,
+        *,
+        logits: Tensor | None = None,
+        hidden: Tensor | None = None,
+    ) -> None:
         at = list(accumulate((len(table) for table in batch.tables), initial=0))
         arrays = [
             np.asarray(values, dtype=np.int32)
@@ -140,18 +209,18 @@ class NativeRunner(Runner):
         ]
         arrays.append(np.fromiter(chain.from_iterable(batch.tables), np.int32, at[-1]))
         arrays.append(np.asarray(at[:-1], dtype=np.int32))
-        pointers = [array.ctypes.data for array in arrays]
-        done = self._library.treadle_run(
-            self._handle, Pass(len(batch.counts), *pointers, logits.data_ptr())
-        )
+        results = [None if t is None else t.data_ptr() for t in (logits, hidden)]
+        pointers = [*(array.ctypes.data for array in arrays), cache.data_ptr(), *results]
+        stride = 0 if logits is None else logits.shape[1]
+        done = self._library.treadle_run(self._handle, Pass(len(batch.counts), *pointers, stride))
         if done == 2:
             raise TreadleError("a native runner does not outlive a fork; make one in the child")
         if done:
             raise TreadleError("no memory for this pass; read prompts in smaller pieces")
-        return logits
 
-    def _check(self, batch: Batch) -> None:
+    def _check(self, batch: Batch, pages: int | None = None) -> None:
         """Native code would read and write wherever a wrong number points."""
+        pages = self.pages if pages is None else pages
         if not all(0 <= token < self.vocab for token in batch.tokens):
             raise TreadleError(f"a token outside the vocabulary of {self.vocab}")
         if sum(batch.counts) != len(batch.tokens):
@@ -166,8 +235,8 @@ class NativeRunner(Runner):
                 )
             if len(table) * self.page < start + count:
                 raise TreadleError(f"{len(table)} pages for {start + count} tokens")
-            if not all(0 <= number < self.pages for number in table):
-                raise TreadleError(f"a page outside 0 .. {self.pages - 1}")
+            if not all(0 <= number < pages for number in table):
+                raise TreadleError(f"a page outside 0 .. {pages - 1}")
 
     def copy(self, source: int, target: int) -> None:
         self.cache[target].copy_(self.cache[source])
@@ -179,88 +248,37 @@ class NativeRunner(Runner):
         self.cache[page].copy_(content)
 
 
-def _stored(model: DecoderModel, file: Path) -> dict[str, Blocks]:
-    """Parameters that the file holds in a format of ours, in our order of rows."""
-    gguf = GGUFFile.open(file)
-    spelling = family_of_gguf(read_header(gguf).architecture)
-    found: dict[str, Blocks] = {}
-    for rule in applicable(model, spelling.rules(model.config)):
-        formats = {gguf.tensors[name].format for name in rule.theirs}
-        if len(formats) == 1 and (format := formats.pop()) in FORMATS:
-            ours = rule.map.read(tuple(gguf.raw(name) for name in rule.theirs))
-            found.update((name, (t, format)) for name, t in zip(rule.ours, ours, strict=True))
+def _matrix_sizes(decoder: Decoder, shape: Shape) -> dict[str, tuple[int, int]]:
+    """Rows and columns, in the order of `NativeRunner.matrices`."""
+    mixed, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    dim, hidden = shape.dim, shape.hidden
+    inner = ((mixed, dim), (kv, dim), (kv, dim), (dim, mixed), (hidden, dim), (hidden, dim))
+    sizes = {"embedding.weight": (shape.vocab, dim)}
+    for i in range(shape.layers):
+        each = zip(LINEARS, (*inner, (dim, hidden)), strict=True)
+        sizes |= {f"blocks.{i}.{name}.weight": size for name, size in each}
+    if not isinstance(decoder.head, TiedHead):
+        sizes["head.weight"] = (shape.vocab, dim)
+    return sizes
+
+
+def _vectors(weights: NativeWeights) -> list[Float[Tensor, " n"] | None]:
+    """The last norm's gains, then of each layer its biases and norms."""
+    found = [_gain(weights, "norm", weights.decoder.norm)]
+    for i, block in enumerate(weights.decoder.blocks):
+        assert isinstance(block.mixer, Attention)
+        for name in LINEARS:
+            bias = weights.vector(f"blocks.{i}.{name}.bias")
+            found.append(None if bias is None else F.pad(bias, (0, -len(bias) % STRIP)))
+        for name in NORMS:
+            norm = block.mixer.qk_norm if name.startswith("mixer.") else block.norm
+            found.append(_gain(weights, f"blocks.{i}.{name}", norm))
     return found
 
 
-def _one_format(model: DecoderModel, stored: Mapping[str, Blocks], *, where: str) -> str:
-    """The format in which all matrices of the layers are stored."""
-    matrices = [n for n, p in model.blocks.named_parameters(prefix="blocks") if p.ndim == 2]
-    found = {stored[name][1] if name in stored else "others" for name in matrices}
-    if len(found) > 1 or found == {"others"}:
-        raise TreadleError(
-            f"{where}: its layers are stored in {' and '.join(sorted(found))}; the native path "
-            f"runs one of {', '.join(FORMATS)}: name one as `format` to have them rounded to it"
-        )
-    return found.pop()
-
-
-def _norms(model: DecoderModel) -> list[Float[Tensor, " D"]]:
-    """The last, then both of each layer, in float32."""
-    norms = [model.norm]
-    for block in model.blocks:
-        assert isinstance(block, BlockLayer)
-        assert block.ffn_norms is not None
-        norms += [block.mixer_norms.before, block.ffn_norms.before]
-    gains = []
-    for norm in norms:
-        assert isinstance(norm, RMSNormLayer)
-        gains.append((norm.weight.detach().float() + norm.config.offset).contiguous())
-    return gains
-
-
-def _dense(model: DecoderModel, name: str) -> Float[Tensor, "out in"]:
-    module = model.get_submodule(name)
-    if isinstance(module, QuantizedEmbedding):
-        return module.weight.dense(torch.float32)
-    return module.weight if isinstance(module, nn.Embedding) else weight_of(module)
-
-
-def _is_tied(model: DecoderModel) -> bool:
-    head = model.head
-    return isinstance(head, nn.Linear | QuantizedLinear) and head.weight is model.embedding.weight
-
-
-def _matrices(
-    model: DecoderModel, shape: Shape, format: str, find: Find, flags: tuple[str, ...]
-) -> list[NativeMatrix]:
-    """Embedding and head, then of each layer q with k and v, o, gate with up, down."""
-
-    def blocks(name: str, format: str) -> UInt8[Tensor, "out b"]:
-        stored, kept = find(f"{name}.weight") or (None, format)
-        if stored is not None and kept == format:
-            return stored
-        if stored is not None:
-            dense = dequantise(stored, block_format(kept))
-        else:
-            dense = _dense(model, name)
-        return quantise(dense.detach().float(), block_format(format))
-
-    def matrix(data: Tensor, format: str = format) -> NativeMatrix:
-        return NativeMatrix(data, format, *flags)
-
-    embedding = matrix(blocks("embedding", "Q8_0"), "Q8_0")
-    head = embedding if _is_tied(model) else matrix(blocks("head", "Q8_0"), "Q8_0")
-    matrices = [embedding, head]
-    heads = (shape.kv_heads, shape.head_dim)
-    for layer in range(shape.layers):
-        mixer, ffn = (f"blocks.{layer}.{part}" for part in ("mixer", "ffn"))
-        q, k, v = (blocks(f"{mixer}.{n}", format) for n in "qkv")
-        kv = torch.stack((k.unflatten(0, heads), v.unflatten(0, heads)), 1).flatten(0, 2)
-        gate, up = (blocks(f"{ffn}.{n}", format).unflatten(0, (-1, STRIP)) for n in ("gate", "up"))
-        matrices += [
-            matrix(torch.cat((q, kv))),
-            matrix(blocks(f"{mixer}.o", format)),
-            matrix(torch.stack((gate, up), 1).flatten(0, 2)),
-            matrix(blocks(f"{ffn}.down", format)),
-        ]
-    return matrices
+def _gain(weights: NativeWeights, name: str, norm: Norm | None) -> Float[Tensor, " n"] | None:
+    weight = weights.vector(f"{name}.weight")
+    if weight is None:
+        return None
+    assert isinstance(norm, RMSNorm)
+    return (weight + norm.offset).contiguous()

@@ -45,6 +45,14 @@ class Paged(Cache):
         return PagedMemory(model, PlainPages(page, pages, device), Rows(page))
 
 
+class Gathered(Cache):
+    """The same without rows, gathered from pages at every pass: for sequences that are cut back
+    more often than they grow."""
+
+    def build(self, model: DecoderModel, *, pages: int, page: int) -> PagedMemory:
+        return PagedMemory(model, PlainPages(page, pages, model.embedding.weight.device), None)
+
+
 class PagedMemory(Memory):
     """Pages, and rows in front of them unless every pass is to see what pages hold.
 

@@ -25,10 +25,22 @@ class Request:
     """Forked for each completion; the request's own is never advanced."""
     adapter: str | None = None
     """Name of one that was given to `attach`; None: the model by itself."""
+    prompt_logprobs: int | None = None
+    """How many of the likeliest tokens to report at each place of the prompt, beside the
+    log-probability of the token that stands there; None: nothing is reported of the prompt."""
 
     def limit(self, context: int) -> int:
         """Most tokens of an answer, from a model with this context."""
         return min(self.sampling.max_tokens, context - len(self.prompt))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A token of the prompt under the model, at temperature 1 and without penalties."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """The likeliest tokens at its place and their log-probabilities."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,8 @@ class Completion:
     """For each token the likeliest tokens and their log-probabilities, if they were asked for."""
     cached_tokens: int = 0
     """Tokens of the prompt that did not have to be computed."""
+    prompt: tuple[Reading, ...] = ()
+    """Of each token of the prompt but the first, if it was asked for."""
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class Rows:
     def assign(self, tables: Sequence[list[int]], starts: Sequence[int]) -> list[int]:
         """Which sequence has row 0, 1, ...: each keeps the row that holds its tokens already."""
         while len(self.lengths) < len(tables):
-            more = max(8, len(self.lengths))
+            more = max(1, len(self.lengths))
             self.lengths += [0] * more
             self.tables += [[] for _ in range(more)]
         known = {

@@ -29,6 +29,10 @@ CARD = Card(
 log = logging.getLogger("treadle")
 
 
+READ = 256
+"""Most tokens of a prompt in one pass whose logits are all wanted: a vocabulary of them each."""
+
+
 class QueueFullError(TreadleError):
     """As many requests wait as the engine lets wait: try again later."""
 
@@ -63,7 +67,8 @@ class Scheduler:
             if self.blocks.available < len(self.running) + len(sequence.draft):
                 # Guesses are no reason to preempt anybody.
                 sequence.draft = []
-            count = min(sequence.pending, budget) if prefill else 1 + len(sequence.draft)
+            share = min(budget, READ) if sequence.reads else budget
+            count = min(sequence.pending, share) if prefill else 1 + len(sequence.draft)
             if count and self._make_room(sequence, count):
                 plan.append((sequence, count))
                 budget -= count if prefill else 0
@@ -71,7 +76,7 @@ class Scheduler:
             sequence = self.waiting[0]
             if not self._admit(sequence, budget):
                 break
-            count = min(sequence.pending, budget)
+            count = min(sequence.pending, READ if sequence.reads else budget, budget)
             if not self._make_room(sequence, count):
                 break
             plan.append((sequence, count))
@@ -101,6 +106,7 @@ class Scheduler:
             self.blocks.hold(sequence.table)
             fork.table, fork.keys = list(sequence.table), list(sequence.keys)
             fork.computed, fork.cached = sequence.computed, sequence.cached
+            fork.readings = sequence.readings
             self.runner.fork(sequence.name, fork.name)
         self.running += forks
         return forks
@@ -133,7 +139,8 @@ class Scheduler:
         if busy + 1 + len(sequence.forks) > self.slots or not self._adapter_fits(sequence):
             return False
         known = sequence.slice(0, sequence.length)
-        found = self.blocks.find(known, mark=sequence.mark)
+        # What is found has no logits: a prompt that is to be read token by token is computed.
+        found = [] if sequence.reads else self.blocks.find(known, mark=sequence.mark)
         rest = len(known) - len(found) * self.blocks.page
         # A prompt that the next pass can take whole is not cut in two by this one.
         if budget < rest <= self.tokens:
@@ -144,7 +151,7 @@ class Scheduler:
         if missing + bool(self.running) > self.blocks.available:
             self.blocks.release(found)
             return False
-        if self.folder is not None:
+        if self.folder is not None and not sequence.reads:
             self._read(self.folder, known, found, sequence.mark)
         sequence.table, sequence.computed = found, len(found) * self.blocks.page
         sequence.keys = [self.blocks.keys[page] for page in found]

@@ -7,7 +7,7 @@ from typing import Literal
 
 from treadle.inference.constraint import Constraint
 from treadle.inference.detokenizer import Detokenizer
-from treadle.inference.request import Completion, Finish, Request
+from treadle.inference.request import Completion, Finish, Reading, Request
 from treadle.inference.runner import Name
 
 
@@ -37,6 +37,8 @@ class Active:
     forks: list[Active] = field(default_factory=list)
     """The request's other completions, until they part from this one after the prompt."""
 
+    readings: list[Reading] = field(default_factory=list)
+    """Of the prompt's tokens but the first, where they are asked for."""
     draft: list[int] = field(default_factory=list)
     """Guesses that run in this pass behind the last known token."""
 
@@ -58,6 +60,12 @@ class Active:
     def pending(self) -> int:
         """Known tokens that have not been computed."""
         return self.length - self.computed
+
+    @property
+    def reads(self) -> bool:
+        """Whether readings of its prompt are asked for and not complete."""
+        wanted = self.request.prompt_logprobs is not None
+        return wanted and len(self.readings) < len(self.request.prompt) - 1
 
     def slice(self, start: int, stop: int) -> list[int]:
         """Known tokens from one position to another."""
@@ -82,4 +90,5 @@ class Active:
             finish=self.finish,
             top_logprobs=tuple(self.top),
             cached_tokens=self.cached,
+            prompt=tuple(self.readings),
         )

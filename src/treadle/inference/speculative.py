@@ -1,36 +1,59 @@
-"""Speculative decoding by look-up: guess the next tokens from the text itself, check them at once.
+"""Speculative decoding: guess the next tokens, check them all in one pass.
 
-A guess runs through the model in one pass with the last token. At each position the engine draws
+Guesses run through the model together with the last known token. At each position the engine draws
 its token as ever, with the random number of that step; while the draw equals the guess, the next
-position's logits are already there. A guess is accepted with its probability under the model, so
-the distribution, and even the text of a seed, is that of plain decoding.
+position's logits are already there. So the distribution, and even the text of a seed, is that of
+plain decoding, whoever guesses:
+
+    look-up       what followed when these tokens occurred before            P(accept) = p(guess)
+    a model       its own draw by the same random number, which agrees more often than not where
+                  the two distributions are near (a coupling of p and q)
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from pydantic import Field
 
 from treadle.core.cards import Card
 from treadle.core.config import Config
+from treadle.inference.runner import Runner
+from treadle.inference.sequence import Active
+from treadle.tokenizers.tokenizer import Tokenizer
 
 CARD = Card(
     id="inf.speculative",
     paper="Leviathan et al. 2023, arXiv:2211.17192; Saxena 2023, prompt lookup decoding",
     summary="Guesses from n-grams of the text, verified in one pass: same text, fewer passes.",
-    recipe="treadle run standard-benchmarks steps.0.engine.draft='{kind: NGram}'",
+    recipe="treadle generate smollm2-135m-instruct 'One two three. One two' --draft NGram",
     oracle="tests/inference/test_inference_speculative.py::test_text_is_that_of_plain_decoding",
 )
+
+
+class Guesser(ABC):
+    """Guesses for the sequences of one engine."""
+
+    @abstractmethod
+    def guess(self, sequences: Sequence[Active], most: Sequence[int]) -> list[list[int]]:
+        """For each at most so many tokens that may follow; empty where there are none."""
+
+    def forget(self) -> None:
+        """Weights have changed."""
+        return
 
 
 class Draft(Config):
     """A shape: what may come next."""
 
     @abstractmethod
-    def __call__(self, tokens: Sequence[int]) -> list[int]:
-        """Guesses of the tokens that follow; empty where there is none."""
+    def open(self, runner: Runner, tokenizer: Tokenizer) -> Guesser:
+        """Guesses for an engine with this runner.
+
+        Raises:
+            TreadleError: this draft cannot guess for it.
+        """
 
 
 class NGram(Draft):
@@ -44,7 +67,11 @@ class NGram(Draft):
     reach: int = Field(2048, ge=1)
     """How many tokens back to look."""
 
-    def __call__(self, tokens: Sequence[int]) -> list[int]:
+    def open(self, runner: Runner, tokenizer: Tokenizer) -> Guesser:
+        return LookUp(self)
+
+    def after(self, tokens: Sequence[int]) -> list[int]:
+        """What may follow these tokens."""
         seen = list(tokens[-self.reach :])
         for size in range(min(self.longest, len(seen) - 1), self.shortest - 1, -1):
             tail = seen[-size:]
@@ -52,3 +79,14 @@ class NGram(Draft):
                 if seen[at] == tail[0] and seen[at : at + size] == tail:
                     return seen[at + size : at + size + self.tokens]
         return []
+
+
+class LookUp(Guesser):
+    def __init__(self, draft: NGram) -> None:
+        self.draft = draft
+
+    def guess(self, sequences: Sequence[Active], most: Sequence[int]) -> list[list[int]]:
+        return [
+            self.draft.after(s.slice(0, s.length))[:count]
+            for s, count in zip(sequences, most, strict=True)
+        ]

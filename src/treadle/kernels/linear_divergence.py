@@ -9,7 +9,8 @@ while they are there: with g = dD/dq and s = q g,
 
 The teacher gives hidden states, whose logits are made beside the student's, or only its likeliest
 tokens. In that case the tokens that it does not name are one class together: D of the coarser
-distributions, which never exceeds D of the full ones (data processing inequality).
+distributions, which never exceeds D of the full ones (data processing inequality). A teacher of
+another vocabulary gives ranks instead of tokens: its likeliest stands against the student's.
 """
 
 from __future__ import annotations
@@ -72,7 +73,15 @@ class TopTeacher:
     logprobs: Float[Tensor, "M K"]
 
 
-Teacher = HiddenTeacher | TopTeacher
+@dataclass(frozen=True)
+class RankedTeacher:
+    """A teacher of another vocabulary: how likely it finds its first, second, ... token."""
+
+    logprobs: Float[Tensor, "M K"]
+    """In descending order."""
+
+
+Teacher = HiddenTeacher | TopTeacher | RankedTeacher
 
 
 def linear_divergence(
@@ -109,6 +118,10 @@ class _LinearDivergence(torch.autograd.Function):
             log_q = logits.sub_(logits.logsumexp(-1, keepdim=True))
             if isinstance(teacher, HiddenTeacher):
                 found, gradient = _whole(log_q, teacher, rows, divergence)
+            elif isinstance(teacher, RankedTeacher):
+                ranked = log_q.topk(teacher.logprobs.shape[1], -1).indices
+                named = TopTeacher(ranked, teacher.logprobs[rows])
+                found, gradient = _top(log_q, named, slice(None), divergence)
             else:
                 found, gradient = _top(log_q, teacher, rows, divergence)
             w = weights[rows].float()

@@ -33,7 +33,7 @@ CARD = Card(
     id="kd.attention",
     paper="Wang et al. 2020, MiniLM, arXiv:2002.10957; Wang et al. 2021, arXiv:2012.15828",
     summary="Attention maps and value relations of one layer are matched, across widths.",
-    recipe="treadle run distil-ladder",
+    recipe="treadle run distill-ladder",
     oracle="tests/objectives/test_objectives_features.py::test_attention_matches_minilm_formula",
 )
 

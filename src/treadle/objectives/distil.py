@@ -43,6 +43,10 @@ class TaughtBatch(Batch):
     top_logprobs: Float[Tensor, "M K"] | None = None
     """Their log-probabilities at `top_temperature`."""
     top_temperature: float = 1.0
+    ranked_rows: Int[Tensor, " R"] | None = None
+    """Predictions that a teacher of another vocabulary makes as well, after the same text."""
+    ranked_logprobs: Float[Tensor, "R K"] | None = None
+    """How likely it finds its first, second, ... token there."""
     teacher_states: Float[Tensor, "L N E"] | None = None
     """Outputs of its chosen layers, in their order."""
     teacher_q: Float[Tensor, "N H D"] | None = None

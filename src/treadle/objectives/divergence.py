@@ -6,6 +6,7 @@ JensenShannon beta KL(p | m) + (1 - beta) KL(q | m),            Agarwal et al. 2
               m = beta p + (1 - beta) q
 SkewedKL      KL(p | a p + (1 - a) q)                           Ko et al. 2024, DistiLLM
 SkewedReverseKL  KL(q | a q + (1 - a) p)
+AbsoluteDifference  sum |p - q|                             of sorted p, q: Boizard et al. 2024
 
 Each gives its value and q dD/dq, all in float32.
 """
@@ -80,6 +81,16 @@ class SkewedReverseKL(Divergence):
         log_m = _mixture(log_q, log_p, self.alpha)
         weighted = log_q.exp() * (log_q - log_m)
         return Pull(weighted.sum(-1), weighted - self.alpha * (2 * log_q - log_m).exp())
+
+
+class AbsoluteDifference(Divergence):
+    """Of distributions in order of rank it is their transport cost, where all tokens are equally
+    far from each other."""
+
+    def __call__(self, log_p: Float[Tensor, "C K"], log_q: Float[Tensor, "C K"]) -> Pull:
+        q = log_q.exp()
+        difference = q - log_p.exp()
+        return Pull(difference.abs().sum(-1), q.mul_(difference.sign()))
 
 
 def _mixture(

@@ -28,7 +28,7 @@ CARD = Card(
     id="kd.features",
     paper="Jiao et al. 2020, TinyBERT, arXiv:1909.10351; Sanh et al. 2019, arXiv:1910.01108",
     summary="Hidden states of chosen layers are matched, through a learned projection if need be.",
-    recipe="treadle run distil-ladder",
+    recipe="treadle run distill-ladder",
     oracle="tests/objectives/test_objectives_features.py::test_hidden_states_match_tinybert_formula",
 )
 

@@ -37,7 +37,7 @@ CARD = Card(
     paper="Hinton et al. 2015, arXiv:1503.02531; Agarwal et al. 2024, arXiv:2306.13649; "
     "Ko et al. 2024, arXiv:2402.03898; Jafari et al. 2021, arXiv:2104.07163",
     summary="Soft labels by forward, reverse, skewed KL or JSD; annealed temperature; top-k cache.",
-    recipe="treadle run distil-ladder",
+    recipe="treadle run distill-ladder",
     oracle="tests/objectives/test_objectives_distil.py::test_soft_labels_match_trl",
 )
 

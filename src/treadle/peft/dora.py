@@ -13,15 +13,14 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from treadle.core.cards import Card
 from treadle.core.errors import ConfigError
 from treadle.nn.linear import LinearLike, bias_of, compute_dtype, weight_of
-from treadle.peft.adapter import AdapterLayer, LinearAdapter, device_of
-from treadle.peft.low_rank import LowRank, check_rank
+from treadle.peft.adapter import AdapterLayer
+from treadle.peft.low_rank import LowRank, LowRankLinear, check_rank
 
 CARD = Card(
     id="ft.lora.dora",
@@ -47,22 +46,17 @@ class DoRA(LowRank):
         return DoRALinear(base, self)
 
 
-class DoRALinear(LinearAdapter):
-    """A, B and m stay in fp32 beside a base of any dtype."""
+class DoRALinear(LowRankLinear):
+    """m stays in fp32 as A and B do."""
 
     def __init__(self, base: nn.Linear | LinearLike, config: DoRA) -> None:
         super().__init__(base, config)
-        rank, device = config.rank, device_of(base)
-        self.A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
         self.m = nn.Parameter(weight_of(base).detach().float().norm(dim=1))
-        self.scale, self.dropout = config.scale, config.dropout
-        config.init(self.A)
 
     def adapted(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         dtype = compute_dtype(x)
         rows = x.to(dtype).reshape(-1, self.in_features)
-        h = F.linear(F.dropout(rows, self.dropout, self.training), self.A.to(dtype))
+        h = self.narrow(rows)
         y: Tensor = self.base(rows)
         bias = bias_of(self.base)
         if bias is not None:
@@ -84,12 +78,8 @@ class DoRALinear(LinearAdapter):
         return length
 
     def adapted_weight(self) -> Float[Tensor, "out in"]:
-        weight = weight_of(self.base)
-        turned = torch.addmm(weight.float(), self.B, self.A, alpha=self.scale)
-        return ((self.m / self.norm())[:, None] * turned).to(weight.dtype)
-
-    def adapted_bias(self) -> Float[Tensor, " out"] | None:
-        return bias_of(self.base)
+        weight = (self.m / self.norm())[:, None] * self.changed_weight()
+        return weight.to(weight_of(self.base).dtype)
 
     def peft_tensors(self) -> dict[str, Tensor]:
         return {

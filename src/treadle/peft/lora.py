@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from treadle.core.cards import Card
 from treadle.core.errors import ConfigError
-from treadle.nn.linear import LinearLike, bias_of, compute_dtype, weight_of
-from treadle.peft.adapter import AdapterLayer, EmbeddingAdapter, LinearAdapter, device_of
-from treadle.peft.low_rank import LowRank, check_rank
+from treadle.nn.linear import LinearLike, compute_dtype, weight_of
+from treadle.peft.adapter import AdapterLayer, EmbeddingAdapter, device_of
+from treadle.peft.low_rank import LowRank, LowRankLinear, check_rank
 
 CARD = Card(
     id="ft.lora",
@@ -63,31 +63,17 @@ class LoRA(LowRank):
         return LoRALinear(base, self)
 
 
-class LoRALinear(LinearAdapter):
-    """A and B stay in fp32 beside a base of any dtype, and are rounded to it in each product."""
-
-    def __init__(self, base: nn.Linear | LinearLike, config: LoRA) -> None:
-        super().__init__(base, config)
-        rank, device = config.rank, device_of(base)
-        self.A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
-        self.scale, self.dropout = config.scale, config.dropout
-        config.init(self.A)
-
+class LoRALinear(LowRankLinear):
     def adapted(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         dtype = compute_dtype(x)
         rows = x.to(dtype).reshape(-1, self.in_features)
-        h = F.linear(F.dropout(rows, self.dropout, self.training), self.A.to(dtype))
+        h = self.narrow(rows)
         y: Tensor = self.base(rows)
         y = y.addmm_(h, self.B.to(dtype).T, alpha=self.scale)
         return y.view(*x.shape[:-1], self.out_features)
 
     def adapted_weight(self) -> Float[Tensor, "out in"]:
-        weight = weight_of(self.base)
-        return torch.addmm(weight.float(), self.B, self.A, alpha=self.scale).to(weight.dtype)
-
-    def adapted_bias(self) -> Float[Tensor, " out"] | None:
-        return bias_of(self.base)
+        return self.changed_weight().to(weight_of(self.base).dtype)
 
     def peft_tensors(self) -> dict[str, Tensor]:
         return {"lora_A.weight": self.A, "lora_B.weight": self.B}

@@ -11,13 +11,16 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
 from treadle.core.config import Config
 from treadle.core.errors import ConfigError
-from treadle.peft.adapter import Adapter
+from treadle.nn.linear import LinearLike, bias_of, weight_of
+from treadle.peft.adapter import Adapter, LinearAdapter, device_of
 
 UNKNOWN = (
     "lora_bias",
@@ -122,6 +125,29 @@ class LowRank(Adapter):
             targets=targets,
             scaling=RankStabilised() if fields.get("use_rslora") else AlphaOverRank(),
         )
+
+
+class LowRankLinear(LinearAdapter):
+    """A and B stay in fp32 beside a base of any dtype, and are rounded to it in each product."""
+
+    def __init__(self, base: nn.Linear | LinearLike, config: LowRank) -> None:
+        super().__init__(base, config)
+        rank, device = config.rank, device_of(base)
+        self.A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        self.scale, self.dropout = config.scale, config.dropout
+        config.init(self.A)
+
+    def narrow(self, rows: Float[Tensor, "N in"]) -> Float[Tensor, "N r"]:
+        """A x, in the dtype of x."""
+        return F.linear(F.dropout(rows, self.dropout, self.training), self.A.to(rows.dtype))
+
+    def changed_weight(self) -> Float[Tensor, "out in"]:
+        """W + s B A in fp32."""
+        return torch.addmm(weight_of(self.base).float(), self.B, self.A, alpha=self.scale)
+
+    def adapted_bias(self) -> Float[Tensor, " out"] | None:
+        return bias_of(self.base)
 
 
 def refuse_unknown(fields: Mapping[str, Any]) -> None:

@@ -61,12 +61,22 @@ def save_prefix(model: DecoderModel, folder: StrPath, *, base: str = "") -> None
             "num_layers": len(prefix.layers),
             "prefix_projection": False,
         }
+    write_prefix(model, folder, {TENSOR: table}, settings)
+
+
+def write_prefix(
+    model: DecoderModel,
+    folder: StrPath,
+    tensors: Mapping[str, torch.Tensor],
+    settings: Mapping[str, Any],
+) -> None:
+    """A folder of these tensors and settings, marked with a few numbers of the base."""
     header = {"format": "pt"}
     if isinstance(model.embedding, nn.Embedding):
         header[PROBE_KEY] = json.dumps({"values": probe(model.embedding.weight).tolist()})
-    with atomic_directory(folder, needed=table.nbytes) as temporary:
-        save_file({TENSOR: table}, temporary / WEIGHTS, metadata=header)
-        write_json(temporary / CONFIG, settings)
+    with atomic_directory(folder, needed=sum(t.nbytes for t in tensors.values())) as temporary:
+        save_file(dict(tensors), temporary / WEIGHTS, metadata=header)
+        write_json(temporary / CONFIG, dict(settings))
 
 
 def load_prefix(model: DecoderModel, folder: StrPath) -> DecoderModel:
@@ -86,7 +96,7 @@ def load_prefix(model: DecoderModel, folder: StrPath) -> DecoderModel:
         raise ConfigError(f"{folder}: {kind} is no learned prefix{did_you_mean(kind, kinds)}")
     if set(tensors) != {TENSOR}:
         raise FileFormatError(f"{folder}: holds {sorted(tensors)}, but a prefix is one `{TENSOR}`")
-    _check_base(model, header, folder)
+    check_prefix_base(model, header, folder)
     table = tensors[TENSOR]
     wide = kind == "PREFIX_TUNING"
     expected = _width(model, wide=wide)
@@ -112,7 +122,8 @@ def _width(model: DecoderModel, *, wide: bool) -> int:
     return sum(2 * m.kv_heads * m.head_dim for m in layers)
 
 
-def _check_base(model: DecoderModel, header: Mapping[str, Any] | None, folder: Path) -> None:
+def check_prefix_base(model: DecoderModel, header: Mapping[str, Any] | None, folder: Path) -> None:
+    """Raise FileFormatError where the prefix was trained on other embeddings than these."""
     if header is None or not isinstance(model.embedding, nn.Embedding):
         return
     theirs = torch.tensor(header["values"])

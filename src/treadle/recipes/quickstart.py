@@ -6,7 +6,7 @@ quantised to 4 bits, exported; measured after every stage on the same held-out p
 
 from __future__ import annotations
 
-from treadle.alignment.reasoning_gym import ReasoningGym
+from treadle.alignment.reasoning_gym import Family, ReasoningGym
 from treadle.alignment.rollouts import Rollouts
 from treadle.alignment.worked_solutions import WorkedSolutions
 from treadle.core.pipeline import Pipeline
@@ -30,20 +30,6 @@ from treadle.train.run import Run, Trained
 
 def quickstart() -> Pipeline:
     base = Pretrained(name="smollm2-135m-instruct")
-    training = ReasoningGym(families=QUICKSTART)
-    sft = Run(
-        name="sft",
-        model=base,
-        transforms=(LoRA(rank=16),),
-        source=Supervised(
-            conversations=WorkedSolutions(problems=training, amount=1024), per_step=16
-        ),
-        objective=CausalLM(),
-        optimizer=AdamW(lr=2e-3),
-        schedule=Cosine(),
-        fit=Fit(steps=64, checkpoint_every=16),
-        minutes=4.0,
-    )
     grpo = Run(
         name="grpo",
         model=Trained(step="sft"),
@@ -64,9 +50,7 @@ def quickstart() -> Pipeline:
         model=Trained(step="grpo"),
         format="Q4_1",
         rounding=GPTQ(
-            source=Supervised(
-                conversations=WorkedSolutions(problems=training, amount=1024), per_step=16
-            ),
+            source=lessons(*QUICKSTART),
             damp=0.001,
         ),
     )
@@ -74,7 +58,7 @@ def quickstart() -> Pipeline:
         name="quickstart",
         steps=(
             measured("base", base),
-            sft,
+            sft(base),
             measured("sft", Trained(step="sft")),
             grpo,
             measured("grpo", Trained(step="grpo")),
@@ -82,6 +66,27 @@ def quickstart() -> Pipeline:
             measured("quantised", Exported(step="export")),
             Report(),
         ),
+    )
+
+
+def lessons(*families: Family) -> Supervised:
+    """Worked solutions of these families, to learn from."""
+    solutions = WorkedSolutions(problems=ReasoningGym(families=families), amount=1024)
+    return Supervised(conversations=solutions, per_step=16)
+
+
+def sft(base: ModelSource) -> Run:
+    """The first training of a model that cannot do the task."""
+    return Run(
+        name="sft",
+        model=base,
+        transforms=(LoRA(rank=16),),
+        source=lessons(*QUICKSTART),
+        objective=CausalLM(),
+        optimizer=AdamW(lr=2e-3),
+        schedule=Cosine(),
+        fit=Fit(steps=64, checkpoint_every=16),
+        minutes=4.0,
     )
 
 

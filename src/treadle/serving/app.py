@@ -18,6 +18,7 @@ from treadle.serving import (
     errors,
     health,
     listing,
+    responses,
     site,
     votes,
 )
@@ -76,9 +77,10 @@ def build(
         docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json",
+        responses={kind: {"model": errors.ErrorAnswer} for kind in ("4XX", "5XX")},
     )
     errors.install(http)
-    for family in (chat, completions, embeddings, listing, votes):
+    for family in (chat, completions, responses, embeddings, listing, votes):
         http.include_router(family.routes(service))
     http.include_router(site.routes())
     gate = Gate(http, config, metrics)

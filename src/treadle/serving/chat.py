@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 from uuid import uuid4
@@ -15,26 +15,24 @@ from starlette.responses import Response
 from treadle.inference.constrained import JsonSchema
 from treadle.inference.engine import Engine
 from treadle.inference.request import Request
-from treadle.serving.errors import reply
 from treadle.serving.logprobs import chat_logprobs
-from treadle.serving.parse import Call, Content, OutputParser, Part, Reasoning
+from treadle.serving.parse import Arguments, Call, Content, OutputParser, Part, Reasoning
 from treadle.serving.prompt import ChatPrompt, call_schema, chat_prompt
 from treadle.serving.protocol import ChatBody
 from treadle.serving.sampling import request_of
 from treadle.serving.service import Service, Session, pieces
-from treadle.serving.stream import DONE, event, streamed, unless_gone
+from treadle.serving.stream import DONE, EITHER, Answer, answered, event
 from treadle.serving.worker import Piece
 
 
 def routes(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/chat/completions")
+    @router.post("/v1/chat/completions", responses=EITHER)
     async def chat_completions(body: ChatBody, http: Http) -> Response:
-        answer = ChatAnswer(service, body)
-        if body.stream:
-            return await streamed(http, answer.events(), stall=service.config.limits.stall_seconds)
-        return reply(await unless_gone(http, answer.whole()))
+        answer = ChatAnswer(ChatRun(service, body, "chatcmpl"))
+        stall = service.config.limits.stall_seconds
+        return await answered(http, answer, stream=body.stream, stall=stall)
 
     return router
 
@@ -54,17 +52,32 @@ class Choice:
             self.finish = "tool_calls" if self.calls and piece.finish == "stop" else piece.finish
         return parts
 
+    def numbered(self, piece: Piece) -> Iterator[tuple[Part, int]]:
+        """The piece's parts, each with the number of the call that it may belong to."""
+        number = self.calls - 1
+        for part in self.parts(piece):
+            number += isinstance(part, Call)
+            yield part, number
 
-class ChatAnswer:
-    """An answer, whole or in pieces."""
 
-    def __init__(self, service: Service, body: ChatBody) -> None:
-        self.service, self.body = service, body
+class ChatRun:
+    """A conversation that a model continues, whichever endpoint it came by.
+
+    Args:
+        kind: begins the answer's id.
+    """
+
+    def __init__(self, service: Service, body: ChatBody, kind: str) -> None:
+        self.service, self.body, self.kind = service, body, kind
         self.prompt = ChatPrompt("")
 
     def session(self) -> AbstractAsyncContextManager[Session]:
+        """To be entered once; then `choices` tells the model's text apart."""
         body = self.body
-        return self.service.session("chatcmpl", body.model, self._prepare, user=body.user)
+        return self.service.session(self.kind, body.model, self._prepare, user=body.user)
+
+    def choices(self, count: int) -> list[Choice]:
+        return [Choice(self.prompt.parser()) for _ in range(count)]
 
     def _prepare(self, engine: Engine) -> Request:
         body = self.body
@@ -80,10 +93,15 @@ class ChatAnswer:
             language=JsonSchema(text=json.dumps(call_schema(forced))) if forced else None,
         )
 
+
+class ChatAnswer(Answer):
+    def __init__(self, run: ChatRun) -> None:
+        self.run, self.body = run, run.body
+
     async def whole(self) -> dict[str, Any]:
-        async with self.session() as session:
+        async with self.run.session() as session:
             n = session.ticket.request.n
-            choices = [Choice(self.prompt.parser()) for _ in range(n)]
+            choices = self.run.choices(n)
             parts: list[list[Part]] = [[] for _ in range(n)]
             logprobs: list[list[dict[str, Any]]] = [[] for _ in range(n)]
             async for _, piece in pieces(session):
@@ -108,21 +126,19 @@ class ChatAnswer:
             }
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        options = self.body.stream_options
-        with_usage = options is not None and bool(options.include_usage)
-        async with self.session() as session:
-            choices = [Choice(self.prompt.parser()) for _ in range(session.ticket.request.n)]
+        async with self.run.session() as session:
+            choices = self.run.choices(session.ticket.request.n)
             head = {
                 "id": session.id,
                 "object": "chat.completion.chunk",
                 "created": session.created,
                 "model": session.model,
             }
-            tail = {"usage": None} if with_usage else {}
+            tail = {"usage": None} if self.body.with_usage else {}
             greeted: set[int] = set()
             async for _, piece in pieces(session):
                 choice = choices[piece.index]
-                deltas = [_delta(part, choice) for part in choice.parts(piece)]
+                deltas = [_delta(part, number) for part, number in choice.numbered(piece)]
                 if piece.index not in greeted:
                     greeted.add(piece.index)
                     deltas = [{"role": "assistant", "content": ""}, *deltas]
@@ -139,7 +155,7 @@ class ChatAnswer:
                     one = {"index": piece.index, "delta": {}, "logprobs": None}
                     one["finish_reason"] = choice.finish
                     yield event({**head, "choices": [one], **tail})
-            if with_usage:
+            if self.body.with_usage:
                 yield event({**head, "choices": [], "usage": session.usage})
         yield DONE
 
@@ -147,7 +163,7 @@ class ChatAnswer:
 def _message(parts: list[Part]) -> dict[str, Any]:
     content = "".join(p.text for p in parts if isinstance(p, Content))
     reasoning = "".join(p.text for p in parts if isinstance(p, Reasoning))
-    calls = [_call(part) for part in parts if isinstance(part, Call)]
+    calls = tool_calls(parts)
     message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
     if reasoning:
         message["reasoning_content"] = reasoning
@@ -156,14 +172,27 @@ def _message(parts: list[Part]) -> dict[str, Any]:
     return message
 
 
-def _delta(part: Part, choice: Choice) -> dict[str, Any]:
+def tool_calls(parts: Iterable[Part]) -> list[dict[str, Any]]:
+    """The calls among the parts, each with all of its arguments."""
+    calls: list[dict[str, Any]] = []
+    for part in parts:
+        if isinstance(part, Call):
+            calls.append(_call(part))
+        elif isinstance(part, Arguments):
+            calls[-1]["function"]["arguments"] += part.text
+    return calls
+
+
+def _delta(part: Part, number: int) -> dict[str, Any]:
     match part:
         case Content(text):
             return {"content": text}
         case Reasoning(text):
             return {"reasoning_content": text}
+        case Arguments(text):
+            return {"tool_calls": [{"index": number, "function": {"arguments": text}}]}
         case Call():
-            return {"tool_calls": [{"index": choice.calls - 1, **_call(part)}]}
+            return {"tool_calls": [{"index": number, **_call(part)}]}
 
 
 def _call(call: Call) -> dict[str, Any]:

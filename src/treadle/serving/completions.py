@@ -14,12 +14,12 @@ from starlette.responses import Response
 
 from treadle.inference.engine import Engine
 from treadle.inference.request import Request
-from treadle.serving.errors import ApiError, reply
+from treadle.serving.errors import ApiError
 from treadle.serving.logprobs import TextLogprobs
 from treadle.serving.protocol import CompletionBody
 from treadle.serving.sampling import request_of
 from treadle.serving.service import Service, Session, pieces, usage
-from treadle.serving.stream import DONE, event, streamed, unless_gone
+from treadle.serving.stream import DONE, EITHER, Answer, answered, event
 from treadle.serving.texts import several
 
 MAX_TOKENS = 16
@@ -29,17 +29,16 @@ MAX_TOKENS = 16
 def routes(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/completions")
+    @router.post("/v1/completions", responses=EITHER)
     async def completions(body: CompletionBody, http: Http) -> Response:
         answer = TextAnswer(service, body)
-        if body.stream:
-            return await streamed(http, answer.events(), stall=service.config.limits.stall_seconds)
-        return reply(await unless_gone(http, answer.whole()))
+        stall = service.config.limits.stall_seconds
+        return await answered(http, answer, stream=body.stream, stall=stall)
 
     return router
 
 
-class TextAnswer:
+class TextAnswer(Answer):
     """An answer, whole or in pieces; choice i belongs to prompt i // n."""
 
     def __init__(self, service: Service, body: CompletionBody) -> None:
@@ -100,12 +99,10 @@ class TextAnswer:
             }
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        options = self.body.stream_options
-        with_usage = options is not None and bool(options.include_usage)
         async with AsyncExitStack() as stack:
             sessions = await self._sessions(stack)
             head = self._head(sessions[0])
-            tail = {"usage": None} if with_usage else {}
+            tail = {"usage": None} if self.body.with_usage else {}
             texts = [self._echo(i // self.n, sessions[i // self.n]) for i in range(self._choices)]
             logprobs = [TextLogprobs(self.body.logprobs, len(text)) for text in texts]
             async for number, piece in pieces(*sessions):
@@ -120,7 +117,7 @@ class TextAnswer:
                 texts[index] = ""
                 logprobs[index] = logprobs[index].rest()
                 yield event({**head, "choices": [choice], **tail})
-            if with_usage:
+            if self.body.with_usage:
                 yield event({**head, "choices": [], "usage": _usage(sessions)})
         yield DONE
 

@@ -18,6 +18,8 @@ class Limits(Config):
     """Largest `n`."""
     inputs: int = Field(256, ge=1)
     """Texts in one embedding request, prompts in one completion request."""
+    remembered: int = Field(32 * 2**20, ge=0)
+    """Characters of conversations that `/v1/responses` can go on with."""
     seconds: float = Field(600.0, gt=0.0)
     """From a request to the end of its answer, waiting included."""
     stall_seconds: float = Field(30.0, gt=0.0)

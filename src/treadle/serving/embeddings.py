@@ -22,6 +22,7 @@ from torch import Tensor
 
 from treadle.inference.attach import applied
 from treadle.inference.engine import Engine
+from treadle.inference.native_runner import NativeRunner
 from treadle.nn.context import Packed
 from treadle.nn.layout import Layout
 from treadle.serving.errors import ApiError, reply
@@ -75,11 +76,14 @@ def mean_hidden(
     engine: Engine, tokens: list[int], adapter: str | None = None
 ) -> Float[Tensor, " D"]:
     """The unit vector of a text."""
-    runner = runner_of(engine)
-    device = runner.device
-    context = Packed.of(Layout((len(tokens),)), device)
-    with runner.autocast(), applied(engine, adapter, len(tokens)):
-        hidden = runner.model(torch.tensor(tokens, device=device), context)
+    if isinstance(engine.runner, NativeRunner):
+        hidden = engine.runner.hidden(tokens)
+    else:
+        runner = runner_of(engine)
+        device = runner.device
+        context = Packed.of(Layout((len(tokens),)), device)
+        with runner.autocast(), applied(engine, adapter, len(tokens)):
+            hidden = runner.model(torch.tensor(tokens, device=device), context)
     return torch.nn.functional.normalize(hidden.float().mean(0), dim=0).cpu()
 
 

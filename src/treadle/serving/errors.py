@@ -9,12 +9,26 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from treadle.core.errors import TreadleError, did_you_mean
 
 log = logging.getLogger("treadle.serving")
 INVALID, SERVER = "invalid_request_error", "server_error"
+
+
+class ErrorFields(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """What the OpenAPI page promises."""
+
+    error: ErrorFields
 
 
 class ApiError(Exception):

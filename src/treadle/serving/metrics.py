@@ -34,6 +34,12 @@ class Metrics:
             ("model",),
             registry=registry,
         )
+        self.pages = Gauge(
+            "treadle_cache_pages_held",
+            "Pages of keys and values that requests hold.",
+            ("model",),
+            registry=registry,
+        )
         self.loaded = Gauge(
             "treadle_model_bytes", "Weights loaded; 0 if not.", ("model",), registry=registry
         )

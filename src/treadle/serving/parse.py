@@ -3,19 +3,23 @@
 Reasoning stands in `<think>...</think>` at the start; a call in `<tool_call>JSON</tool_call>`, one
 object `{"name": ..., "arguments": {...}}` or a list of them, or as the whole answer for models
 that mark it with nothing (Llama 3). What looks like a call and is none is content: nothing that
-the model wrote is lost.
+the model wrote is lost. Once a known function's arguments begin, they come in pieces, as they are
+written; whether they are whole and valid is for the caller to see.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
 THINK, THOUGHT = "<think>", "</think>"
 CALL, CALLED = "<tool_call>", "</tool_call>"
-Mode = Literal["start", "content", "reasoning", "call"]
+HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
+"""A call up to its arguments, in the order in which models write it."""
+Mode = Literal["start", "content", "reasoning", "call", "arguments", "close"]
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,21 @@ class Reasoning:
 
 @dataclass(frozen=True)
 class Call:
+    """A call begins."""
+
     name: str
-    arguments: str
-    """A JSON object."""
+    arguments: str = ""
+    """A JSON object, or its beginning."""
 
 
-Part = Content | Reasoning | Call
+@dataclass(frozen=True)
+class Arguments:
+    """More of the last call's."""
+
+    text: str
+
+
+Part = Content | Reasoning | Call | Arguments
 
 
 class OutputParser:
@@ -52,6 +65,7 @@ class OutputParser:
     ) -> None:
         self.tools, self.mode, self.bare = tools, mode, bare
         self._held = ""
+        self._braces = _Braces()
         self._between = False
         """Just after a tag, where line breaks belong to the tag."""
 
@@ -73,6 +87,10 @@ class OutputParser:
                     parts += self._upto(THOUGHT, "content", final)
                 case "call":
                     parts += self._call(final)
+                case "arguments":
+                    parts += self._arguments(final)
+                case "close":
+                    parts += self._close(final)
             if self.mode == mode and len(self._held) == held:
                 break
         return [p for p in parts if isinstance(p, Call) or p.text]
@@ -98,6 +116,10 @@ class OutputParser:
         return [kind(before)]
 
     def _call(self, final: bool) -> list[Part]:
+        head = HEAD.match(self._held)
+        if head and head[1] in self.tools:
+            self.mode, self._held, self._braces = "arguments", self._held[head.end() :], _Braces()
+            return [Call(head[1])]
         inside, found, after = self._held.partition(CALLED)
         if not found and not final:
             return []
@@ -108,6 +130,25 @@ class OutputParser:
         if calls:
             return list(calls)
         return [Content(inside if self.bare else CALL + inside + found)]
+
+    def _arguments(self, final: bool) -> list[Part]:
+        text, found, _ = ("", "", "") if self.bare else self._held.partition(CALLED)
+        if not found:
+            keep = 0 if final or self.bare else _overlap(self._held, CALLED)
+            text = self._held[: len(self._held) - keep]
+        size = self._braces.feed(text)
+        if self._braces.closed or found:
+            self.mode = "close"
+        self._held = self._held[size:]
+        return [Arguments(text[:size])]
+
+    def _close(self, final: bool) -> list[Part]:
+        """What stands behind the arguments is part of the call up to its end."""
+        inside, found, after = self._held.partition("}" if self.bare else CALLED)
+        if not found and not final:
+            return []
+        self.mode, self._held, self._between = "content", after, True
+        return [] if found else [Content(inside.strip().removeprefix("}"))]
 
     def _read(self, text: str) -> list[Call]:
         """Calls that the text holds; none where one of them is not sound."""
@@ -124,6 +165,31 @@ class OutputParser:
                 return []
             calls.append(Call(str(name), json.dumps(arguments, ensure_ascii=False)))
         return calls
+
+
+class _Braces:
+    """How far a JSON object goes, while its text comes."""
+
+    def __init__(self) -> None:
+        self.depth, self.quoted, self.escaped, self.closed = 0, False, False, False
+
+    def feed(self, text: str) -> int:
+        """Characters that belong to the object."""
+        for place, char in enumerate(text, 1):
+            if self.escaped:
+                self.escaped = False
+            elif self.quoted:
+                self.quoted, self.escaped = char != '"', char == "\\"
+            elif char in "{[":
+                self.depth += 1
+            elif char in "}]":
+                self.depth -= 1
+                if not self.depth:
+                    self.closed = True
+                    return place
+            else:
+                self.quoted = char == '"'
+        return len(text)
 
 
 def _overlap(text: str, tag: str) -> int:

@@ -17,6 +17,7 @@ from treadle.core.errors import TreadleError, did_you_mean
 from treadle.inference.adapters import CannotShareError
 from treadle.inference.attach import attach, detach
 from treadle.inference.engine import Engine
+from treadle.inference.native_runner import NativeRunner
 from treadle.inference.torch_runner import TorchRunner
 from treadle.models.decoder import DecoderModel
 from treadle.peft.files import load_adapter
@@ -179,7 +180,7 @@ class Pool:
         if isinstance(offer, Base):
             return await asyncio.to_thread(offer.open)
         async with self.use(offer.base) as base:
-            return await asyncio.to_thread(_adapted, base.engine, offer.folder)
+            return await base.call(partial(_adapted, folder=offer.folder))
 
     def _make_room(self, kept: _Entry) -> None:
         """Unload idle models, the least recently used first, until the rest fits."""
@@ -229,10 +230,14 @@ def runner_of(engine: Engine) -> TorchRunner:
 
 
 def _adapted(base: Engine, folder: str) -> Engine:
-    """An engine with the adapter on it; the base's weights are shared, not copied."""
+    """An engine with the adapter on it; the base's weights are shared, not copied.
+
+    To be called between the base's passes: what is copied must not be at work.
+    """
     runner = runner_of(base)
-    shared = {id(tensor): tensor for tensor in _tensors(runner.model)}
-    model: DecoderModel = load_adapter(copy.deepcopy(runner.model, shared), folder)
+    plain = runner.model if runner.adapters is None else runner.adapters.plain
+    shared = {id(tensor): tensor for tensor in _tensors(plain)}
+    model: DecoderModel = load_adapter(copy.deepcopy(plain, shared), folder)
     model.requires_grad_(False).eval()
     return Engine(model, base.tokenizer, base.config, autocast=runner.autocast)
 
@@ -243,8 +248,11 @@ def _tensors(model: DecoderModel) -> Iterator[Tensor]:
 
 def _bytes(engines: Sequence[Engine]) -> int:
     """Memory of the weights, shared ones once; a runner of another make counts as nothing."""
-    storages, adapters = {}, {}
+    storages: dict[int, int] = {}
+    adapters: dict[int, int] = {}
     for engine in engines:
+        if isinstance(engine.runner, NativeRunner):
+            storages[id(engine.runner)] = engine.runner.nbytes
         if engine.runner.adapters is not None:
             adapters[id(engine)] = engine.runner.adapters.nbytes
         if isinstance(engine.runner, TorchRunner):

@@ -83,6 +83,15 @@ class SamplingBody(Body):
     """Own."""
     repetition_penalty: float | None = Field(None, gt=0.0, le=10.0)
     """Own."""
+    min_tokens: int | None = Field(None, ge=0)
+    """Own: tokens before the model may end the text."""
+    ignore_eos: bool | None = None
+    """Own: the model may not end the text at all; `max_tokens` does."""
+
+    @property
+    def with_usage(self) -> bool:
+        """A stream ends with what it used."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -46,6 +46,7 @@ def request_of(
     if len(body.stops) > STOPS:
         raise ApiError(400, f"at most {STOPS} stop strings are allowed", param="stop")
     room = room_after(prompt, engine)
+    most = min(max_tokens or room, room)
     sampling = Sampling(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_k=body.top_k or None,
@@ -53,7 +54,8 @@ def request_of(
         top_p=1.0 if body.top_p is None else max(body.top_p, 1e-6),
         min_p=body.min_p or 0.0,
         repetition_penalty=body.repetition_penalty or 1.0,
-        max_tokens=min(max_tokens or room, room),
+        max_tokens=most,
+        min_tokens=most if body.ignore_eos else min(body.min_tokens or 0, most),
         stop=body.stops,
         seed=secrets.randbits(62) if body.seed is None else body.seed,
         presence_penalty=body.presence_penalty or 0.0,

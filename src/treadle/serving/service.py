@@ -33,6 +33,8 @@ class Session:
     created: int = field(default_factory=lambda: int(time.time()))
     tokens: int = 0
     """Generated, over all completions."""
+    cached: int = 0
+    """Of the prompt, found in the prefix cache."""
     first_token: float | None = None
     """Seconds that the client waited for it."""
     finishes: list[Finish] = field(default_factory=list)
@@ -51,6 +53,7 @@ class Session:
             self.first_token = self.seconds
         for piece in pieces:
             self.tokens += len(piece.tokens)
+            self.cached = piece.cached
             if piece.index == 0:
                 self.text += piece.text
             if piece.finish == "cancelled":

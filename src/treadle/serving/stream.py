@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, TypeVar
 
@@ -10,11 +11,36 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from treadle.serving.errors import ApiError, as_api_error, encode, log
+from treadle.serving.errors import ApiError, as_api_error, encode, log, reply
 
 T = TypeVar("T")
 Events = AsyncGenerator[bytes, None]
 DONE = b"data: [DONE]\n\n"
+
+
+EITHER: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {}, "text/event-stream": {}}}
+}
+"""What the OpenAPI page says of an answer that may be streamed."""
+
+
+class Answer(ABC):
+    """What a request is answered with, to be had once, in one of two ways."""
+
+    @abstractmethod
+    async def whole(self) -> Any:
+        """All at once, as JSON."""
+
+    @abstractmethod
+    def events(self) -> Events:
+        """As it comes."""
+
+
+async def answered(http: Request, answer: Answer, *, stream: bool | None, stall: float) -> Response:
+    """The response; a client that goes away ends the work on it."""
+    if stream:
+        return await streamed(http, answer.events(), stall=stall)
+    return reply(await unless_gone(http, answer.whole()))
 
 
 def event(content: Any, name: str = "") -> bytes:

@@ -38,6 +38,8 @@ class Piece:
     logprobs: list[float] = field(default_factory=list)
     tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     finish: Finish | None = None
+    cached: int = 0
+    """Tokens of the prompt that had not to be computed."""
 
     def extend(self, more: Piece) -> None:
         self.text += more.text
@@ -233,8 +235,13 @@ class Worker:
             return
         self.engine.cancel(number)
         self._forget(job)
+        self._settle()
+
+    def _settle(self) -> None:
         if not self._jobs:
             self.engine.step()  # lets go of what has ended
+        blocks = self.engine.scheduler.blocks
+        self.metrics.pages.labels(self.name).set(blocks.pages - blocks.available)
 
     def _forget(self, job: _Job) -> None:
         """Count a job that does not finish."""
@@ -258,8 +265,7 @@ class Worker:
                 del self._jobs[sequence.job]
         for ticket, pieces in fresh.items():
             self._tell(ticket, partial(ticket.put, pieces))
-        if not self._jobs:
-            self.engine.step()  # lets go of what has ended
+        self._settle()
 
     def _time(self, job: _Job, index: int, now: float) -> None:
         if index in job.last:
@@ -281,7 +287,7 @@ class Worker:
         tops: list[tuple[tuple[int, float], ...]] = [()] * len(tokens)
         if sequence.request.sampling.top_logprobs:
             tops = sequence.top[sent:]
-        piece = Piece(index, text, tokens, logprobs, tops, finish)
+        piece = Piece(index, text, tokens, logprobs, tops, finish, sequence.cached)
         self.metrics.generated_tokens.labels(self.name).inc(len(piece.tokens))
         if finish is not None:
             job.ended.add(index)

@@ -15,7 +15,7 @@ from treadle.core.pipeline import (
     read_manifest,
 )
 from treadle.models.source import ModelSource, Opened
-from treadle.train.run import Run, open_trained
+from treadle.train.run import Training, open_trained
 
 
 class FromRun(ModelSource):
@@ -49,7 +49,7 @@ def find_trained(path: Path) -> FromRun:
         TreadleError: no training step has finished.
     """
     root = path if is_run(path) else path.parent
-    steps = [s.name for s in read_pipeline(root).steps if isinstance(s, Run)]
+    steps = [s.name for s in read_pipeline(root).steps if isinstance(s, Training)]
     wanted = steps if root == path else [path.name]
     for name in reversed(wanted):
         if (root / name / MANIFEST).is_file():

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from treadle.core.config import parse, to_yaml
+from treadle.core.config import Config, parse, to_yaml
 from treadle.core.errors import FileFormatError, TreadleError
 from treadle.core.files import atomic_file, write_json
 from treadle.core.pipeline import Reads, Step, Workspace, read_manifest
@@ -39,13 +39,18 @@ from treadle.train.rng import seed_everything
 WEIGHTS, MOVED = "trained.safetensors", "moved.json"
 
 
-class Run(Step):
+class Training(Step):
+    """A shape: a step whose folder holds the trained parameters of a model."""
+
+    model: ModelSource
+    transforms: tuple[Transform, ...] = ()
+
+
+class Run(Training):
     """Train one model with one objective."""
 
     parallel: ClassVar[bool] = True
     name: str = "train"
-    model: ModelSource
-    transforms: tuple[Transform, ...] = ()
     source: Source
     objective: Objective
     optimizer: Optimizer
@@ -122,7 +127,7 @@ class Run(Step):
 
 
 class Trained(ModelSource, Reads):
-    """The model that an earlier `Run` of the pipeline trained, with its transforms."""
+    """The model that an earlier `Training` of the pipeline trained, with its transforms."""
 
     def open(self, workspace: Workspace) -> Opened:
         return open_trained(workspace.output(self.step), workspace)
@@ -136,9 +141,9 @@ def open_trained(folder: Path, workspace: Workspace) -> Opened:
         FileFormatError: its weights do not fit its configuration.
     """
     config = read_manifest(folder)["config"]
-    if config["kind"] != "Run":
+    run = parse(config, expect=Config, where=lambda path: str(folder / "manifest.json"))
+    if not isinstance(run, Training):
         raise TreadleError(f"{folder} is a {config['kind']} step: it trained no model")
-    run = parse(config, expect=Run, where=lambda path: str(folder / "manifest.json"))
     opened = run.model.open(workspace)
     model = transformed(opened.model, run.transforms)
     load_trained(model, folder / WEIGHTS)

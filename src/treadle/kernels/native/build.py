@@ -1,7 +1,8 @@
 """The C++ beside this file as a shared library: compiled on first use, kept in the user's cache.
 
-The name of the compiled file holds a hash of all that it depends on: sources, compiler, flags and
-processor. So a cache that several machines share, or a new version of treadle, does no harm.
+The name of the compiled file holds a hash of all that it depends on: sources, compiler and flags,
+which name the instructions that it may use. So a cache that several machines share, or a new
+version of treadle, does no harm.
 """
 
 from __future__ import annotations
@@ -9,21 +10,19 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
-from ctypes import POINTER, c_float, c_int, c_int32, c_void_p
+from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_size_t, c_void_p
 from functools import cache
 from pathlib import Path
 
 from treadle.core.errors import TreadleError
 from treadle.core.files import atomic_file
-from treadle.core.machine import CPUINFO
+from treadle.kernels.native.levels import Level
 
 SOURCES = Path(__file__).parent
-FLAGS = ("-std=c++20", "-O3", "-march=native", "-shared", "-fPIC", "-pthread", "-w")
+FLAGS = ("-std=c++20", "-O3", "-shared", "-fPIC", "-pthread", "-w")
 COMPILERS = ("g++", "clang++", "c++")
-PORTABLE = "-DTREADLE_PORTABLE"
 
 
 class Shape(ctypes.Structure):
@@ -34,11 +33,20 @@ class Shape(ctypes.Structure):
             (name, c_int32)
             for name in (
                 *("dim", "heads", "kv_heads", "head_dim", "hidden", "layers", "vocab"),
-                *("context", "page", "turned"),
+                *("context", "page", "ropes", "activation"),
             )
         ),
-        *((name, c_float) for name in ("eps", "scale", "turn_factor")),
+        *(
+            (name, c_float)
+            for name in ("eps", "scale", "embedding_scale", "score_cap", "logit_cap")
+        ),
     ]
+
+
+class Rope(ctypes.Structure):
+    """`Rope` of decoder.h."""
+
+    _fields_ = [("count", c_int32), ("factor", c_float), ("frequencies", c_void_p)]
 
 
 class Pass(ctypes.Structure):
@@ -50,32 +58,33 @@ class Pass(ctypes.Structure):
             (name, c_void_p)
             for name in (
                 *("tokens", "counts", "starts", "outputs"),
-                *("tables", "table_at", "logits"),
+                *("tables", "table_at", "pages", "logits", "hidden"),
             )
         ),
+        ("stride", c_int32),
     ]
 
 
 @cache
-def library(*flags: str) -> ctypes.CDLL:
-    """The library, compiled with `flags` besides the usual ones, such as `PORTABLE`.
+def library(level: Level) -> ctypes.CDLL:
+    """The library for processors of a level.
 
     Raises:
         TreadleError: there is no C++ compiler, or it failed; says what to install.
     """
-    loaded = ctypes.CDLL(str(compiled(*flags)))
-    matrix, decoder = c_void_p, c_void_p
+    loaded = ctypes.CDLL(str(compiled(level)))
+    arena, matrix, decoder = c_void_p, c_void_p, c_void_p
     for name, result, arguments in (
-        ("vectorised", c_int, []),
-        ("matrix", matrix, [c_int, c_int, c_int, c_void_p]),
+        ("level", c_char_p, []),
+        ("in_large_pages", None, [c_void_p, c_size_t]),
+        ("arena", arena, [c_size_t]),
+        ("free_arena", None, [arena]),
+        ("matrix_bytes", c_size_t, [c_int, c_int, c_int]),
+        ("matrix", matrix, [arena, c_int, c_int, c_int, c_void_p]),
         ("free_matrix", None, [matrix]),
         ("unpack_row", None, [matrix, c_int, c_void_p]),
         ("multiply", c_int, [matrix, c_void_p, c_int, c_void_p]),
-        (
-            "decoder",
-            decoder,
-            [POINTER(Shape), c_int, c_void_p, c_void_p, c_void_p, c_void_p],
-        ),
+        ("decoder", decoder, [POINTER(Shape), c_int, *[c_void_p] * 5]),
         ("free_decoder", None, [decoder]),
         ("run", c_int, [decoder, POINTER(Pass)]),
     ):
@@ -84,12 +93,12 @@ def library(*flags: str) -> ctypes.CDLL:
     return loaded
 
 
-def compiled(*flags: str) -> Path:
+def compiled(level: Level) -> Path:
     """The library's file in the cache, compiled now if it is not there."""
-    compiler = _compiler()
-    command = [compiler, *FLAGS, *flags]
+    compiler = find_compiler()
+    command = [compiler, *FLAGS, *level.flags]
     root = Path(os.environ.get("TREADLE_CACHE") or "~/.cache/treadle").expanduser()
-    target = root / "native" / f"{_fingerprint(command)}.so"
+    target = root / "native" / f"{level.name}-{_fingerprint(command)}.so"
     if target.is_file():
         return target
     try:
@@ -114,7 +123,12 @@ def compiled(*flags: str) -> Path:
     return target
 
 
-def _compiler() -> str:
+def find_compiler() -> str:
+    """The C++ compiler's path.
+
+    Raises:
+        TreadleError: there is none.
+    """
     chosen = os.environ.get("CXX")
     for name in (chosen,) if chosen else COMPILERS:
         if found := shutil.which(name):
@@ -128,19 +142,8 @@ def _compiler() -> str:
 def _fingerprint(command: list[str]) -> str:
     version = subprocess.run([command[0], "--version"], check=False, capture_output=True).stdout
     digest = hashlib.sha256(version)
-    for part in (*command, _processor()):
+    for part in command:
         digest.update(part.encode() + b"\0")
     for source in sorted(p for p in SOURCES.iterdir() if p.suffix in (".h", ".cpp")):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:32]
-
-
-def _processor() -> str:
-    """What `-march=native` depends on."""
-    try:
-        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    kept = ("model name", "flags", "Features", "CPU part")
-    first = {line.split(":")[0].strip(): line for line in reversed(lines) if ":" in line}
-    return "\n".join(first.get(key, "") for key in kept)

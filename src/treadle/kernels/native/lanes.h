@@ -1,24 +1,16 @@
 // Sixteen lanes of float or int32, on compilers' vector types. They work on every processor; what
-// has an instruction of its own on AVX-512 (products of bytes, float16) is written twice.
-// Compile with -DTREADLE_PORTABLE to have the portable half on any machine.
+// has instructions of its own (products of bytes, float16) is in one file for each set of them.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__) && \
-    !defined(TREADLE_PORTABLE)
-#define TREADLE_AVX512 1
-#endif
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 namespace treadle {
 
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x32 __attribute__((vector_size(64)));
 typedef uint8_t u8x64 __attribute__((vector_size(64)));
 
 template <class V>
@@ -63,100 +55,30 @@ inline uint16_t to_half(float x) {
   return sign | uint16_t((bits >> 13) - (112u << 10));
 }
 
-#ifdef TREADLE_AVX512
+}  // namespace treadle
 
-inline f32x16 all(float x) { return (f32x16)_mm512_set1_ps(x); }
-inline i32x16 all(int32_t x) { return (i32x16)_mm512_set1_epi32(x); }
-
-inline f32x16 halves(const void* from) {
-  return (f32x16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
-}
-
-inline void store_halves(uint16_t* to, f32x16 v) {
-  _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
-}
-
-// In each lane, the sum of four products of unsigned and signed bytes is added to `sum`.
-inline i32x16 dot(i32x16 sum, u8x64 unsigned_bytes, i32x16 signed_bytes) {
-  return (i32x16)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)unsigned_bytes,
-                                     (__m512i)signed_bytes);
-}
-
-inline i32x16 rounded(f32x16 x) { return (i32x16)_mm512_cvtps_epi32((__m512)x); }
-inline f32x16 largest(f32x16 a, f32x16 b) { return (f32x16)_mm512_max_ps((__m512)a, (__m512)b); }
-inline float peak(f32x16 x) { return _mm512_reduce_max_ps((__m512)x); }
-inline float total(f32x16 x) { return _mm512_reduce_add_ps((__m512)x); }
-inline int32_t total(i32x16 x) { return _mm512_reduce_add_epi32((__m512i)x); }
-
-inline void store_bytes(int8_t* to, i32x16 v) {
-  _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)v));
-}
-
+// Each of these files gives:
+//   all(x)                   x in every lane
+//   halves, store_halves     sixteen float16 in memory
+//   stream                   a store to 64 aligned bytes, past the caches; then `streamed`
+//   bytes, signed_bytes      sixteen bytes in memory
+//   dot(sum, codes, a)       to each lane, four products of codes below 128 and signed bytes
+//   dot_wide, wide           the same for codes up to 255 that `wide` has made ready; it takes
+//                            128 - kWideOffset off them
+//   rounded, largest, peak, total, store_bytes
+// and kHalves, kRows: how many vectors of rows and rows of activations the registers hold the
+// sums of.
+#if defined(TREADLE_AVX512)
+#include "lanes_avx512.h"
+#elif defined(TREADLE_AVX2)
+#include "lanes_avx2.h"
+#elif defined(TREADLE_NEON)
+#include "lanes_neon.h"
 #else
-
-inline f32x16 all(float x) {
-  f32x16 v;
-  for (int i = 0; i < 16; ++i) v[i] = x;
-  return v;
-}
-
-inline i32x16 all(int32_t x) {
-  i32x16 v;
-  for (int i = 0; i < 16; ++i) v[i] = x;
-  return v;
-}
-
-inline f32x16 halves(const void* from) {
-  uint16_t bits[16];
-  memcpy(bits, from, sizeof bits);
-  f32x16 v;
-  for (int i = 0; i < 16; ++i) v[i] = to_float(bits[i]);
-  return v;
-}
-
-inline void store_halves(uint16_t* to, f32x16 v) {
-  for (int i = 0; i < 16; ++i) to[i] = to_half(v[i]);
-}
-
-inline i32x16 dot(i32x16 sum, u8x64 unsigned_bytes, i32x16 signed_bytes) {
-  int8_t other[64];
-  memcpy(other, &signed_bytes, sizeof other);
-  for (int i = 0; i < 16; ++i)
-    for (int j = 0; j < 4; ++j) sum[i] += int(unsigned_bytes[4 * i + j]) * other[4 * i + j];
-  return sum;
-}
-
-inline i32x16 rounded(f32x16 x) {
-  i32x16 v;
-  for (int i = 0; i < 16; ++i) v[i] = int32_t(std::nearbyint(x[i]));
-  return v;
-}
-
-inline f32x16 largest(f32x16 a, f32x16 b) { return a > b ? a : b; }
-
-inline float peak(f32x16 x) {
-  float m = x[0];
-  for (int i = 1; i < 16; ++i) m = x[i] > m ? x[i] : m;
-  return m;
-}
-
-inline float total(f32x16 x) {
-  float s = 0;
-  for (int i = 0; i < 16; ++i) s += x[i];
-  return s;
-}
-
-inline int32_t total(i32x16 x) {
-  int32_t s = 0;
-  for (int i = 0; i < 16; ++i) s += x[i];
-  return s;
-}
-
-inline void store_bytes(int8_t* to, i32x16 v) {
-  for (int i = 0; i < 16; ++i) to[i] = int8_t(v[i]);
-}
-
+#include "lanes_portable.h"
 #endif
+
+namespace treadle {
 
 inline f32x16 magnitude(f32x16 x) { return largest(x, -x); }
 
@@ -177,5 +99,7 @@ inline f32x16 exponential(f32x16 x) {
   p = p * r + 1.0f;
   return (f32x16)((i32x16)p + (n << 23));
 }
+
+inline f32x16 hyperbolic_tangent(f32x16 x) { return 1.0f - 2.0f / (1.0f + exponential(x + x)); }
 
 }  // namespace treadle

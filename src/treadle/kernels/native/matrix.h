@@ -1,228 +1,274 @@
-// Weights in 4 or 8 bits, activations in 8: products of rows of 32-weight groups.
+// Products of weights in few bits and activations rounded to eight.
 //
-//   y_o = sum_g s_og t_g sum_i (c_ogi - z) a_gi          Q4_0 (z = 8), Q8_0 (z = 128)
-//   y_o = sum_g s_og t_g sum_i c_ogi a_gi + m_og t_g sum_i a_gi                 Q4_1
+//   y_o = sum_g t_g (s_og sum_i (c_ogi - z) a_gi + m_og sum_i a_gi)
 //
-// with unsigned codes c and scales s (and minima m) of the weight, signed codes a and scales t of
-// the activations. Sixteen rows make a strip, whose groups lie in pairs: the codes of both, 16 + 16
-// scales, and for Q4_1 16 + 16 minima in float16. In a group of 8 bits, byte 64 k + 4 r + j is row
-// r, input 4 k + j, which is the order that the dot product of bytes reads; with 4 bits, byte
-// 64 k + 4 r + j has input 4 k + j in its low and 16 + 4 k + j in its high half.
+// with codes c, scales s and minima m of the weights as in formats.h, and codes a and scale t of
+// each group of 32 activations. The inner sums are of integers, and exact.
 #pragma once
 
 #include <algorithm>
+#include <memory>
+#include <utility>
 
-#include "lanes.h"
+#include "formats.h"
 #include "memory.h"
 
 namespace treadle {
 
-enum Format { Q4_0, Q4_1, Q8_0 };
-
-constexpr int kGroup = 32, kStrip = 16, kTile = 8;
 constexpr int kAhead = 4096;  // bytes that the prefetch runs before the products
-
-constexpr int group_bytes(Format f) { return f == Q8_0 ? 512 : 256; }
-constexpr int pair_bytes(Format f) { return 2 * group_bytes(f) + (f == Q4_1 ? 128 : 64); }
-constexpr int block_bytes(Format f) { return f == Q4_0 ? 18 : f == Q4_1 ? 20 : 34; }
 
 inline int divide_up(int a, int b) { return (a + b - 1) / b; }
 
 struct Group {
   float scale;
-  float weighted;  // scale times the sum of codes
-  int32_t minus;   // minus the sum of codes
-  int32_t unused;
+  float weighted;   // scale times the sum of codes
+  int32_t minus;      // minus the sum of codes
+  int32_t minus_low;  // and of the first half
 };
 
-// Rows of activations, rounded.
+// Rows of activations, rounded. `width` is in columns; those beyond the last are zero.
 struct Activations {
   Buffer<int8_t> codes;
   Buffer<Group> groups;
-  int width = 0;  // in columns, a multiple of a pair of groups
+  int width = 0;
 
   void reserve(int rows, int columns) {
-    width = divide_up(columns, 2 * kGroup) * 2 * kGroup;
+    width = columns;
     codes.reserve(size_t(rows) * width);
     groups.reserve(size_t(rows) * (width / kGroup));
   }
 
-  void set(int row, const float* x, int columns) {
+  void set(int row, const float* x) {
     int8_t* code = codes.data() + size_t(row) * width;
     Group* group = groups.data() + size_t(row) * (width / kGroup);
     for (int at = 0; at < width; at += kGroup, ++group) {
-      if (at >= columns) {
-        memset(code + at, 0, kGroup);
-        *group = {};
-        continue;
-      }
       f32x16 low = load<f32x16>(x + at), high = load<f32x16>(x + at + 16);
       float most = peak(largest(magnitude(low), magnitude(high)));
       float inverse = most > 0 ? 127 / most : 0;
       i32x16 a = rounded(low * inverse), b = rounded(high * inverse);
       store_bytes(code + at, a);
       store_bytes(code + at + 16, b);
-      int32_t sum = total(a + b);
+      int32_t first = total(a), sum = first + total(b);
       float scale = most / 127;
-      *group = {scale, scale * float(sum), -sum, 0};
+      *group = {scale, scale * float(sum), -sum, -first};
     }
   }
 };
 
-template <Format F>
-inline void unpack(const uint8_t* group, u8x64 (&codes)[8]) {
-  if (F == Q8_0) {
-#pragma GCC unroll 8
-    for (int k = 0; k < 8; ++k) codes[k] = load<u8x64>(group + 64 * k);
-  } else {
-    typedef uint16_t u16x32 __attribute__((vector_size(64)));
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) {
-      u8x64 both = load<u8x64>(group + 64 * k);
-      codes[k] = both & 15;
-      codes[k + 4] = (u8x64)((u16x32)both >> 4) & 15;
-    }
-  }
-}
-
-// One strip times R rows of activations, from `row` on.
-template <Format F, int R>
-void multiply_tile(const uint8_t* strip, int pairs, const Activations& x, int row, f32x16* y) {
+// One strip, from its half `half` on, times R rows of activations from `row` on: S vectors of sums
+// for each. Beside each block, `lines` cache lines from `ahead` on are brought near.
+template <Format F, int S, int R>
+void multiply_tile(const uint8_t* strip, int half, int blocks, const uint8_t* ahead, int lines,
+                   const Activations& x, int row, f32x16* y) {
+  constexpr int kBytes = strip_block_bytes(F), kGroups = groups_of(F);
+  constexpr int kZero = F == Q8_0 ? kWideOffset : zero_of(F);
   const int width = x.width, groups = width / kGroup;
   const int8_t* codes = x.codes.data() + size_t(row) * width;
   const Group* group = x.groups.data() + size_t(row) * groups;
-  f32x16 sums[R] = {};
-  for (int pair = 0; pair < pairs; ++pair, strip += pair_bytes(F)) {
-    for (int line = 0; line < pair_bytes(F); line += 64)
-      __builtin_prefetch(strip + kAhead + line);
+  const uint8_t* const end = strip + size_t(blocks) * kBytes;
+  f32x16 sums[S][R] = {};
+  for (; strip != end; strip += kBytes) {
+    for (int line = 0; line < lines; ++line, ahead += 64) __builtin_prefetch(ahead);
+    f32x16 scale[S], minimum[S];
+    for (int s = 0; s < S; ++s) {
+      scale[s] = halves(strip + scale_at(F) + 32 * (half + s));
+      if (has_minimum(F)) minimum[s] = halves(strip + minimum_at(F) + 32 * (half + s));
+    }
+    for (int g = 0; g < kGroups; ++g, codes += kGroup, ++group) {
+      const uint8_t* from = strip + (2 * g + half) * code_bytes(F);
+      i32x16 product[S][R];
+      auto start = [&](bool second) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          const Group& a = group[r * groups];
+          i32x16 minus = {};
+          if constexpr (kZero != 0) {
+            minus = all(a.minus);
+            if (scales_of(F) == 2) minus = second ? minus - all(a.minus_low) : all(a.minus_low);
+            minus = minus * kZero;
+          }
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half, codes += kGroup, ++group) {
-      u8x64 w[8];
-      unpack<F>(strip + half * group_bytes(F), w);
-      const uint8_t* tail = strip + 2 * group_bytes(F) + 32 * half;
-      f32x16 scale = halves(tail);
-      f32x16 minimum = F == Q4_1 ? halves(tail + 64) : f32x16{};
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const Group& g = group[r * groups];
-        i32x16 product = F == Q4_1 ? i32x16{} : all(g.minus) << (F == Q4_0 ? 3 : 7);
-#pragma GCC unroll 8
-        for (int k = 0; k < 8; ++k) {
-          int32_t four;
-          memcpy(&four, codes + r * width + 4 * k, 4);
-          product = dot(product, w[k], all(four));
+          for (int s = 0; s < S; ++s) product[s][r] = minus;
         }
-        sums[r] += __builtin_convertvector(product, f32x16) * (scale * all(g.scale));
-        if (F == Q4_1) sums[r] += minimum * all(g.weighted);
-      }
+      };
+      auto step = [&]<int V>() {
+        u8x64 w[S];
+#pragma GCC unroll 2
+        for (int s = 0; s < S; ++s) w[s] = vector_of<F, V>(from + s * code_bytes(F));
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          int32_t four;
+          memcpy(&four, codes + r * width + 4 * V, 4);
+          i32x16 a = all(four);
+#pragma GCC unroll 2
+          for (int s = 0; s < S; ++s)
+            product[s][r] = F == Q8_0 ? dot_wide(product[s][r], w[s], a)
+                                      : dot(product[s][r], w[s], a);
+        }
+      };
+      auto finish = [&](int part, bool last) {
+#pragma GCC unroll 2
+        for (int s = 0; s < S; ++s) {
+          f32x16 factor = scale[s], low = minimum[s];
+          if constexpr (two_level(F)) {
+            const uint8_t* at = strip + small_scale_at(F) + 16 * (half + s) +
+                                (g * scales_of(F) + part) * kStrip;
+            factor *= __builtin_convertvector(F == Q6_K ? signed_bytes(at) : bytes(at), f32x16);
+            if constexpr (has_minimum(F)) {
+              at = strip + small_minimum_at(F) + 16 * (half + s) + g * kStrip;
+              low *= -__builtin_convertvector(bytes(at), f32x16);
+            }
+          }
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) {
+            const Group& a = group[r * groups];
+            sums[s][r] += __builtin_convertvector(product[s][r], f32x16) * (factor * all(a.scale));
+            if (has_minimum(F) && last) sums[s][r] += low * all(a.weighted);
+          }
+        }
+      };
+      start(false);
+      step.template operator()<0>(), step.template operator()<1>();
+      step.template operator()<2>(), step.template operator()<3>();
+      if (scales_of(F) == 2) finish(0, false), start(true);
+      step.template operator()<4>(), step.template operator()<5>();
+      step.template operator()<6>(), step.template operator()<7>();
+      finish(scales_of(F) - 1, true);
     }
   }
-  for (int r = 0; r < R; ++r) y[r] = sums[r];
+  for (int s = 0; s < S; ++s)
+    for (int r = 0; r < R; ++r) y[2 * r + half + s] = sums[s][r];
 }
 
-typedef void (*Tile)(const uint8_t*, int, const Activations&, int, f32x16*);
+typedef void (*Tile)(const uint8_t*, int, int, const uint8_t*, int, const Activations&, int,
+                     f32x16*);
+
+template <Format F, size_t... R>
+inline Tile tile_of(int rows, std::index_sequence<R...>) {
+  static constexpr Tile tiles[] = {multiply_tile<F, kHalves, int(R) + 1>...};
+  return tiles[rows - 1];
+}
 
 template <Format F>
 inline Tile tile_of(int rows) {
-  static constexpr Tile tiles[kTile] = {multiply_tile<F, 1>, multiply_tile<F, 2>,
-                                        multiply_tile<F, 3>, multiply_tile<F, 4>,
-                                        multiply_tile<F, 5>, multiply_tile<F, 6>,
-                                        multiply_tile<F, 7>, multiply_tile<F, 8>};
-  return tiles[rows - 1];
+  return tile_of<F>(rows, std::make_index_sequence<kRows>());
 }
 
 class Matrix {
  public:
   const Format format;
-  const int rows, columns, strips, pairs;
+  const int rows, columns, strips, blocks;
 
-  // From rows of GGUF blocks.
-  Matrix(Format format, int rows, int columns, const uint8_t* blocks)
+  // From a file's blocks, row by row.
+  Matrix(std::shared_ptr<Arena> arena, Format format, int rows, int columns, const uint8_t* from)
       : format(format),
         rows(rows),
         columns(columns),
         strips(divide_up(rows, kStrip)),
-        pairs(divide_up(columns, 2 * kGroup)),
-        data_(strips * strip_bytes() + kAhead) {
-    memset(data_.data(), 0, strips * strip_bytes() + kAhead);
-    const int groups = columns / kGroup;
+        blocks(columns / (groups_of(format) * kGroup)),
+        arena_(std::move(arena)),
+        data_(arena_->take(bytes())) {
+    memset(data_, 0, bytes());
+    Unpacked block;
     for (int row = 0; row < rows; ++row)
-      for (int group = 0; group < groups; ++group)
-        put(row, group, blocks + (size_t(row) * groups + group) * block_bytes(format));
+      for (int i = 0; i < blocks; ++i, from += stored_bytes(format)) {
+        unpack(format, from, block);
+        put(format, block, row % kStrip, block_of(row, i));
+      }
   }
 
-  size_t strip_bytes() const { return size_t(pairs) * pair_bytes(format); }
+  // What a matrix takes of an arena.
+  static size_t bytes_of(Format format, int rows, int columns) {
+    return size_t(divide_up(rows, kStrip)) * (columns / (groups_of(format) * kGroup)) *
+           strip_block_bytes(format);
+  }
 
-  void multiply(int strip, const Activations& x, int row, int count, f32x16* y) const {
-    const uint8_t* from = data_.data() + strip * strip_bytes();
-    Tile tile = format == Q4_0   ? tile_of<Q4_0>(count)
-                : format == Q4_1 ? tile_of<Q4_1>(count)
-                                 : tile_of<Q8_0>(count);
-    tile(from, pairs, x, row, y);
+  size_t bytes() const { return strips * strip_bytes(); }
+  size_t strip_bytes() const { return size_t(blocks) * strip_block_bytes(format); }
+  const uint8_t* strip(int i) const { return data_ + i * strip_bytes(); }
+
+  // y[2 r + h]: half strip h times row `row` + r. See `multiply_tile` for `ahead` and `lines`.
+  void multiply(int i, const uint8_t* ahead, int lines, const Activations& x, int row, int count,
+                f32x16* y) const {
+    for (int half = 0; half < 2; half += kHalves)
+      tile(count)(strip(i), half, blocks, ahead, lines, x, row, y);
   }
 
   // One row as floats.
-  void unpack_row(int row, float* y) const {
-    for (int group = 0; group < columns / kGroup; ++group) {
-      const uint8_t* codes = group_of(row, group);
-      const uint8_t* tail = tail_of(row, group);
-      float scale = half_at(tail), minimum = format == Q4_1 ? half_at(tail + 64) : 0;
-      for (int i = 0; i < kGroup; ++i) {
-        int code = format == Q8_0 ? codes[64 * (i / 4) + i % 4] - 128
-                                  : (codes[64 * (i % 16 / 4) + i % 4] >> (i < 16 ? 0 : 4) & 15) -
-                                        (format == Q4_0 ? 8 : 0);
-        y[group * kGroup + i] = scale * float(code) + minimum;
-      }
-    }
-  }
+  void unpack_row(int row, float* y) const;
 
  private:
-  Buffer<uint8_t> data_;
+  const std::shared_ptr<Arena> arena_;
+  uint8_t* const data_;
 
-  static float half_at(const uint8_t* from) {
-    uint16_t bits;
-    memcpy(&bits, from, 2);
-    return to_float(bits);
+  uint8_t* block_of(int row, int i) const {
+    return data_ + row / kStrip * strip_bytes() + size_t(i) * strip_block_bytes(format);
   }
 
-  uint8_t* group_of(int row, int group) const {
-    return data_.data() + row / kStrip * strip_bytes() + group / 2 * pair_bytes(format) +
-           group % 2 * group_bytes(format) + row % kStrip * 4;
-  }
-
-  uint8_t* tail_of(int row, int group) const {
-    return data_.data() + row / kStrip * strip_bytes() + group / 2 * pair_bytes(format) +
-           2 * group_bytes(format) + group % 2 * 32 + row % kStrip * 2;
-  }
-
-  // GGUF keeps weights i and i + 16 of a block in one byte of 4-bit formats.
-  void put(int row, int group, const uint8_t* block) const {
-    uint8_t* codes = group_of(row, group);
-    uint8_t* tail = tail_of(row, group);
-    memcpy(tail, block, 2);
-    if (format == Q4_1) memcpy(tail + 64, block + 2, 2);
-    const uint8_t* from = block + (format == Q4_1 ? 4 : 2);
-    if (format == Q8_0)
-      for (int i = 0; i < kGroup; ++i) codes[64 * (i / 4) + i % 4] = from[i] ^ 0x80;
-    else
-      for (int i = 0; i < 16; ++i) codes[64 * (i / 4) + i % 4] = from[i];
+  Tile tile(int count) const {
+    switch (format) {
+      case Q4_0: return tile_of<Q4_0>(count);
+      case Q4_1: return tile_of<Q4_1>(count);
+      case Q5_0: return tile_of<Q5_0>(count);
+      case Q5_1: return tile_of<Q5_1>(count);
+      case Q8_0: return tile_of<Q8_0>(count);
+      case Q4_K: return tile_of<Q4_K>(count);
+      case Q5_K: return tile_of<Q5_K>(count);
+      case Q6_K: return tile_of<Q6_K>(count);
+    }
+    return nullptr;
   }
 };
 
-// Strips [first, last) times all rows of `x`; `finish(strip, row, sums)` takes each result. Rows
-// go in blocks whose codes stay in the second cache while the strips pass by.
-template <class Finish>
-void multiply(const Matrix& w, int first, int last, const Activations& x, int rows,
-              Finish finish) {
-  constexpr int kBlock = 64;
-  f32x16 y[kTile];
-  for (int block = 0; block < rows; block += kBlock)
-    for (int strip = first; strip < last; ++strip)
-      for (int row = block; row < std::min(block + kBlock, rows); row += kTile) {
-        int count = std::min(kTile, rows - row);
-        w.multiply(strip, x, row, count, y);
-        for (int r = 0; r < count; ++r) finish(strip, row + r, y[r]);
+inline void Matrix::unpack_row(int row, float* y) const {
+  const int place = row % kStrip, half = place / kLanes, lane = place % kLanes;
+  const int parts = scales_of(format), bits = bits_of(format);
+  auto half_at = [](const uint8_t* from) {
+    uint16_t number;
+    memcpy(&number, from, 2);
+    return to_float(number);
+  };
+  for (int i = 0; i < blocks; ++i) {
+    const uint8_t* block = block_of(row, i);
+    float scale = half_at(block + scale_at(format) + 2 * place), minimum = 0;
+    if (has_minimum(format)) minimum = half_at(block + minimum_at(format) + 2 * place);
+    for (int g = 0; g < groups_of(format); ++g) {
+      const uint8_t* codes = block + (2 * g + half) * code_bytes(format) + 4 * lane;
+      const uint8_t* scales = block + small_scale_at(format) + g * parts * kStrip + place;
+      const uint8_t* minima = block + small_minimum_at(format) + g * kStrip + place;
+      for (int j = 0; j < kGroup; ++j, ++y) {
+        int v = j / 4, code = codes[64 * (bits == 8 ? v : v % 4) + j % 4];
+        if (bits < 8) code = code >> (v < 4 ? 0 : 4) & 15;
+        if (bits == 5) code |= (codes[256 + j % 4] >> v & 1) << 4;
+        if (bits == 6) code |= (codes[256 + v / 4 * 64 + j % 4] >> v % 4 * 2 & 3) << 4;
+        float factor = scale, low = minimum;
+        if (format == Q6_K) factor *= float(int8_t(scales[j / 16 * kStrip]));
+        if (two_level(format) && has_minimum(format))
+          factor *= float(*scales), low *= -float(*minima);
+        *y = factor * float(code - zero_of(format)) + low;
       }
+    }
+  }
+}
+
+// The rows of activations that one product takes at a time.
+constexpr int kBlock = 64;
+
+// Strip `i` times rows [first, last) of `x`; `finish(row, halves)` takes each result. Meanwhile what
+// lies behind is brought near: a piece of the next strip with each tile of rows.
+template <class Finish>
+inline void multiply(const Matrix& w, int i, const Activations& x, int first, int last,
+                     Finish finish) {
+  f32x16 y[2 * kRows];
+  const int tiles = divide_up(last - first, kRows);
+  const int lines = divide_up(strip_block_bytes(w.format) / 64, tiles);
+  const uint8_t* ahead = tiles == 1 ? w.strip(i) + kAhead : w.strip(i + 1);
+  for (int t = 0; t < tiles; ++t, ahead += lines * w.blocks * 64) {
+    int row = first + (last - first) * t / tiles;
+    int count = first + (last - first) * (t + 1) / tiles - row;
+    w.multiply(i, ahead, lines, x, row, count, y);
+    for (int r = 0; r < count; ++r) finish(row + r, y + 2 * r);
+  }
 }
 
 }  // namespace treadle

@@ -1,4 +1,4 @@
-"""Weights in 4 or 8 bits, repacked from GGUF blocks for the processor's products of bytes.
+"""Weights in 4 to 8 bits, repacked from GGUF blocks for the processor's products of bytes.
 
     y = W r(x)     r rounds each group of 32 inputs to 255 steps of its largest magnitude
 
@@ -18,33 +18,55 @@ from torch import Tensor
 from treadle.core.errors import TreadleError
 from treadle.kernels.blocks import BlockFormat, block_format, dequantise
 from treadle.kernels.native.build import library
+from treadle.kernels.native.levels import find_level
 
 GROUP = 32
-FORMATS = ("Q4_0", "Q4_1", "Q8_0")
-"""In the order of `Format` of matrix.h."""
+FORMATS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+"""In the order of `Format` of formats.h."""
+
+
+class Arena:
+    """One piece of memory for many matrices; it lives as long as any of them.
+
+    Args:
+        level: the instructions, as in `find_level`.
+
+    Raises:
+        TreadleError: there is not so much memory.
+    """
+
+    def __init__(self, nbytes: int, level: str | None = None) -> None:
+        self.nbytes = nbytes
+        self.library = library(find_level(level))
+        self.handle: int | None = self.library.treadle_arena(nbytes)
+        if self.handle is None:
+            raise TreadleError(f"no memory for {nbytes:,} bytes of weights; free some")
+        weakref.finalize(self, self.library.treadle_free_arena, self.handle)
 
 
 class NativeMatrix:
-    """A matrix [out in] in the memory of the native library.
+    """A matrix [out in] in the memory of the native library, in the file's own numbers.
+
+    Args:
+        arena: where it lies; None takes memory for it alone.
 
     Raises:
         TreadleError: the format is not one of `FORMATS`, or memory does not suffice.
     """
 
-    def __init__(self, blocks: UInt8[Tensor, "out b"], format: str, *flags: str) -> None:
-        if format not in FORMATS:
-            raise TreadleError(
-                f"the native path has no products of {format}; choose {', '.join(FORMATS)}"
-            )
+    def __init__(
+        self, blocks: UInt8[Tensor, "out b"], format: str, arena: Arena | None = None
+    ) -> None:
         self.format = block_format(format)
         self.rows, length = blocks.shape
-        self.columns = length // self.format.block_bytes * GROUP
         if length % self.format.block_bytes:
             raise TreadleError(f"rows of {length} bytes are not whole blocks of {format}")
-        self._library = library(*flags)
+        self.columns = length // self.format.block_bytes * self.format.block_size
+        arena = arena or Arena(packed_bytes(self.rows, self.columns, format))
+        self._library = arena.library
         blocks = blocks.contiguous()
         self.handle: int | None = self._library.treadle_matrix(
-            FORMATS.index(format), self.rows, self.columns, blocks.data_ptr()
+            arena.handle, _number(format), self.rows, self.columns, blocks.data_ptr()
         )
         if self.handle is None:
             raise TreadleError(f"no memory for a matrix of {self.rows} x {self.columns}")
@@ -67,6 +89,24 @@ class NativeMatrix:
         y = torch.empty(self.columns)
         self._library.treadle_unpack_row(self.handle, index, ctypes.c_void_p(y.data_ptr()))
         return y
+
+
+def packed_bytes(rows: int, columns: int, format: str) -> int:
+    """What a matrix takes of an arena.
+
+    Raises:
+        TreadleError: the format is not one of `FORMATS`.
+    """
+    compiled = library(find_level())
+    return int(compiled.treadle_matrix_bytes(_number(format), rows, columns))
+
+
+def _number(format: str) -> int:
+    if format not in FORMATS:
+        raise TreadleError(
+            f"the native path has no products of {format}; choose {', '.join(FORMATS)}"
+        )
+    return FORMATS.index(format)
 
 
 def round_groups(x: Float[Tensor, "N in"]) -> Float[Tensor, "N in"]:

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <functional>
+#include <memory>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -26,7 +27,7 @@ class Pool {
  public:
   const int size;
 
-  explicit Pool(int size) : size(size), process_(getpid()) {
+  explicit Pool(int size) : size(size), process_(getpid()), taken_(new Taken[size]) {
     for (int i = 1; i < size; ++i) threads_.emplace_back([this, i] { serve(i); });
   }
 
@@ -69,11 +70,37 @@ class Pool {
     return {int(int64_t(count) * i / size), int(int64_t(count) * (i + 1) / size)};
   }
 
+  // piece(0) ... piece(count - 1), each on one thread: first those of the own share, then what
+  // others, held up by other programs, have left. All threads call this in turn with the others,
+  // and go through a barrier before the next time.
+  template <class Piece>
+  void each(int thread, int count, Piece piece) {
+    Taken& own = taken_[thread];
+    const int turn = own.turn;
+    own.turn = 1 - turn;
+    own.next[1 - turn].store(0, std::memory_order_relaxed);
+    for (int step = 0; step < size; ++step) {
+      const int victim = (thread + step) % size;
+      auto [first, last] = share(count, victim);
+      std::atomic<int>& next = taken_[victim].next[turn];
+      if (step && next.load(std::memory_order_relaxed) >= last - first) continue;
+      for (int i; (i = first + next.fetch_add(1, std::memory_order_relaxed)) < last;) piece(i);
+    }
+  }
+
  private:
   static constexpr int kSpins = 4000;
+
+  // How many pieces of a thread's share are taken, this time and the next.
+  struct alignas(64) Taken {
+    std::atomic<int> next[2] = {0, 0};
+    int turn = 0;  // the same on all threads
+  };
+
   const pid_t process_;
   std::function<void(int)> job_;
   std::vector<std::thread> threads_;
+  std::unique_ptr<Taken[]> taken_;
   alignas(64) std::atomic<unsigned> jobs_{0};
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<unsigned> phase_{0};

@@ -18,6 +18,7 @@ import mmap
 import os
 import shutil
 import struct
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +98,7 @@ class GGUFFile:
     """Metadata key -> type, as `uint32` or `[string]`; `write_gguf` takes it back."""
     tensors: Mapping[str, TensorInfo]
     _bytes: UInt8[Tensor, " size"]
+    _map: mmap.mmap
 
     @staticmethod
     def open(path: StrPath) -> GGUFFile:
@@ -136,6 +138,7 @@ class GGUFFile:
             types=MappingProxyType(types),
             tensors=MappingProxyType(_read_tensor_list(cursor, tensor_count, metadata)),
             _bytes=torch.frombuffer(mapped, dtype=torch.uint8),
+            _map=mapped,
         )
 
     def read(
@@ -167,6 +170,18 @@ class GGUFFile:
         info = self._info(name)
         data = self._bytes[info.offset : info.offset + info.nbytes]
         return data.view(*info.shape[:-1], info.row_bytes)
+
+    def release(self, name: str) -> None:
+        """Gives back the memory that holds the bytes of `name`; it fills again when they are read.
+
+        Raises:
+            TreadleError: no such tensor.
+        """
+        info = self._info(name)
+        first = -(-info.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (info.offset + info.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if length > 0 and sys.platform != "win32":
+            self._map.madvise(mmap.MADV_DONTNEED, first, length)
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:

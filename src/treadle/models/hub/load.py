@@ -77,6 +77,22 @@ def load_model(
     raise TreadleError(f"{path}: no such file or folder")
 
 
+def read_decoder(path: StrPath) -> Decoder:
+    """The shape of a model on disk; none of its weights is read.
+
+    Raises:
+        TreadleError, FileFormatError, ConfigError: as `load_model`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        config = read_config(path)
+        return family_of_hf(config).huggingface.read(config)
+    if not path.is_file():
+        raise TreadleError(f"{path}: no such file or folder")
+    header = read_header(GGUFFile.open(path))
+    return family_of_gguf(header.architecture).read(header)
+
+
 def _load_folder(
     folder: Path, dtype: torch.dtype | None, device: torch.device | str, leave: Sequence[str]
 ) -> Loaded:

@@ -1,0 +1,119 @@
+"""TRPO as a step of a pipeline: its own short loop, since its steps are no gradient steps.
+
+Rollouts give groups and advantages as for GRPO; each lot moves the policy once, by
+`trust_region_step`. A run that was interrupted goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from treadle.alignment.rollouts import Rollouts
+from treadle.alignment.trpo import Bounds, Taken, trust_region_step
+from treadle.core.config import to_yaml
+from treadle.core.pipeline import Workspace
+from treadle.data.source import Env, Stream, Work
+from treadle.tokenizers.load import tokenizer_of
+from treadle.train.checkpoint import CheckpointStore
+from treadle.train.hooks import JsonLines, RunInfo, ShowProgress, StepReport
+from treadle.train.rng import RandomState, seed_everything
+from treadle.train.run import WEIGHTS, Training, save_trained, transformed
+from treadle.train.state import TrainState
+
+
+class TRPO(Training):
+    """Trust region policy optimisation, in fp32: its finite differences ask for it."""
+
+    name: str = "trpo"
+    source: Rollouts
+    steps: int = Field(ge=1)
+    delta: float = Field(0.01, gt=0.0)
+    """Most KL(pi_old || pi) of a step, in nats, mean over tokens."""
+    damping: float = Field(0.1, gt=0.0)
+    iterations: int = Field(10, ge=1)
+    """Of conjugate gradients; each costs three forward passes and one backward."""
+    backtracks: int = Field(10, ge=1)
+    shrink: float = Field(0.8, gt=0.0, lt=1.0)
+    checkpoint_every: int = Field(5, ge=1)
+    seed: int = 0
+
+    def bounds(self) -> Bounds:
+        return Bounds(self.delta, self.damping, self.iterations, self.backtracks, self.shrink)
+
+    def execute(self, workspace: Workspace) -> Mapping[str, Any]:
+        folder = workspace.folder
+        seed_everything(self.seed)
+        opened = self.model.open(workspace)
+        model = transformed(opened.model, self.transforms).float()
+        env = Env(
+            model=model,
+            tokenizer=tokenizer_of(opened),
+            scratch=folder / "scratch",
+            seed=self.seed,
+            workspace=workspace,
+        )
+        env.scratch.mkdir(exist_ok=True)
+        stream = self.source.open(env)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        state = TrainState(
+            model=model,
+            optimizer=torch.optim.SGD(parameters, lr=1.0),  # has no state: a place in the file
+            stream=stream,
+            parts={"random": RandomState()},
+            config=to_yaml(self),
+        )
+        store = CheckpointStore(folder / "checkpoints")
+        first = store.restore_latest(state) or 0
+        hooks = (JsonLines(folder / "metrics.jsonl"), ShowProgress(workspace.progress, self.name))
+        for hook in hooks:
+            hook.on_start(RunInfo(folder=folder, steps=self.steps, start=first))
+        model.train()
+        try:
+            for step in range(first + 1, self.steps + 1):
+                report = self._step(model, stream, step)
+                for hook in hooks:
+                    hook.on_step(report)
+                if step % self.checkpoint_every == 0 or step == self.steps:
+                    store.save(step, state)
+        finally:
+            for hook in hooks:
+                hook.on_end()
+        save_trained(model, dict(model.named_parameters()), folder / WEIGHTS)
+        return {
+            "kind": "train",
+            "metrics_file": "metrics.jsonl",
+            "steps": self.steps,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters_trained": sum(p.numel() for p in parameters),
+        }
+
+    def _step(self, model: nn.Module, stream: Stream, step: int) -> StepReport:
+        started = time.monotonic()
+        work = next(stream)
+        taken = trust_region_step(model, work.batches, self.bounds())  # type: ignore[arg-type]
+        return StepReport(
+            step=step,
+            steps=self.steps,
+            loss=-taken.gain,
+            lr=taken.scale,
+            grad_norm=math.nan,
+            tokens=_tokens(work),
+            seconds=time.monotonic() - started,
+            metrics={**work.metrics, **_metrics(taken)},
+            skipped=taken.scale == 0.0,
+        )
+
+
+def _tokens(work: Work) -> int:
+    return sum(batch.layout.tokens for batch in work.batches)
+
+
+def _metrics(taken: Taken) -> dict[str, float]:
+    return {"step_kl": taken.kl, "gain": taken.gain, "scale": taken.scale}

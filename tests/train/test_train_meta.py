@@ -1,0 +1,265 @@
+"""Meta-learning: gradients of whole episodes, sine waves and made-up languages never seen."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chat_env import Numbered, chat_env
+from torch import Tensor, nn
+from torch.func import functional_call
+from train.tiny import VOCAB, documents, tiny_model
+
+from treadle.core.errors import ConfigError, TreadleError
+from treadle.core.progress import Silent
+from treadle.data.batch import Piece, assemble
+from treadle.data.supervised import Supervised
+from treadle.models.source import Pretrained
+from treadle.optim.adamw import AdamW
+from treadle.peft.lora import LoRA
+from treadle.train.meta import (
+    MAML,
+    Episode,
+    FirstOrderMAML,
+    Loss,
+    MetaMethod,
+    Reptile,
+    Weights,
+    adapt,
+)
+from treadle.train.meta_train import LossOf, MetaTrain
+
+LR = 0.05
+
+
+def network(width: int = 40) -> nn.Module:
+    return nn.Sequential(
+        *(nn.Linear(1, width), nn.Tanh()),
+        *(nn.Linear(width, width), nn.Tanh()),
+        nn.Linear(width, 1),
+    )
+
+
+def loss_of(model: nn.Module) -> Loss:
+    def loss(weights: Weights, batch: Any) -> Tensor:
+        x, y = batch
+        out: Tensor = functional_call(model, dict(weights), (x,))
+        return (out - y).square().mean()
+
+    return loss
+
+
+def sine(generator: torch.Generator, shots: int = 10, steps: int = 1) -> Episode:
+    """y = A sin(x + phase), as in the paper."""
+    size, phase = torch.rand(2, generator=generator).tolist()
+    amplitude, shift = 0.1 + 4.9 * size, math.pi * phase
+
+    def draw(n: int) -> tuple[Tensor, Tensor]:
+        x = 10 * torch.rand(n, 1, generator=generator) - 5
+        return x, amplitude * torch.sin(x + shift)
+
+    support = draw(shots)
+    return Episode([support] * steps, draw(50))
+
+
+def episode_loss(loss: Loss, weights: Weights, episode: Episode, lr: float) -> Tensor:
+    """What MAML minimises, with one graph through all inner steps."""
+    here = dict(weights)
+    for batch in episode.support:
+        slopes = torch.autograd.grad(loss(here, batch), list(here.values()), create_graph=True)
+        here = {n: w - lr * g for (n, w), g in zip(here.items(), slopes, strict=True)}
+    return loss(here, episode.query)
+
+
+def test_maml_gradient_is_that_of_the_whole_episode() -> None:
+    """Against autograd through all inner steps, and against differences of the episode's loss."""
+    torch.manual_seed(0)
+    model = network(5).double()
+    loss, weights = loss_of(model), dict(model.named_parameters())
+    generator = torch.Generator().manual_seed(1)
+    episodes = [
+        Episode(
+            [tuple(t.double() for t in batch) for batch in episode.support],
+            tuple(t.double() for t in episode.query),
+        )
+        for episode in (sine(generator, steps=3), sine(generator, steps=3))
+    ]
+    found = MAML()(loss, weights, episodes, LR)
+    total = sum(episode_loss(loss, weights, e, LR) for e in episodes) / 2
+    expected = torch.autograd.grad(total, list(weights.values()))
+    assert found.query_loss == pytest.approx(float(total.detach()))
+    first = FirstOrderMAML()(loss, weights, episodes, LR)
+    for (name, ours), theirs in zip(found.gradients.items(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert (first.gradients[name] - theirs).abs().max() > 1e-3  # the second order matters
+    name, h = "2.weight", 1e-6
+    ends = []
+    for sign in (1, -1):
+        moved = {n: w.detach().clone().requires_grad_() for n, w in weights.items()}
+        moved[name].data[1, 2] += sign * h
+        ends.append(float(sum(episode_loss(loss, moved, e, LR) for e in episodes).detach()) / 2)
+    assert float(found.gradients[name][1, 2]) == pytest.approx((ends[0] - ends[1]) / (2 * h), 1e-4)
+
+
+def test_maml_through_fused_kernels(tmp_path: Path) -> None:
+    """On a decoder, along the gradient itself: differences of the loss after adaptation."""
+    model = LoRA(rank=2, alpha=2.0)(tiny_model())
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if n.endswith(".B"):
+                p.normal_(std=0.3)
+    weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    loss = LossOf(replace(chat_env(tmp_path), model=model))
+    batches = [assemble(documents(i, 4)) for i in range(3)]
+    episode, lr, h = Episode(batches[:2], batches[2]), 1.5, 5e-3
+    slopes = {}
+    for method in (MAML(), FirstOrderMAML()):
+        found = method(loss, weights, [episode], lr).gradients
+        size = math.sqrt(sum(float(g.square().sum()) for g in found.values()))
+        ends = []
+        for sign in (1, -1):
+            moved = {n: w.detach() + sign * h * found[n] / size for n, w in weights.items()}
+            ended = adapt(loss, moved, episode.support, lr)[-1]
+            ends.append(float(loss(ended, episode.query).detach()))
+        slopes[type(method)] = (ends[0] - ends[1]) / (2 * h) / size
+    assert slopes[MAML] == pytest.approx(1.0, rel=0.02), slopes
+    assert slopes[FirstOrderMAML] != pytest.approx(1.0, rel=0.06), slopes
+
+
+def test_reptile_by_hand() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(1, 1)
+    x, y = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [5.0]])
+    weights = dict(model.named_parameters())
+    episode = Episode([(x, y), (x, y)], (x, y))
+    found = Reptile()(loss_of(model), weights, [episode], 0.1)
+    w, b = model.weight.item(), model.bias.item()
+    start = (w, b)
+    for _ in range(2):
+        errors = [w * 1 + b - 3, w * 2 + b - 5]
+        slope_w, slope_b = errors[0] * 1 + errors[1] * 2, sum(errors)
+        w, b = w - 0.1 * slope_w, b - 0.1 * slope_b
+    assert float(found.gradients["weight"]) == pytest.approx((start[0] - w) / 0.2, rel=1e-4)
+    assert float(found.gradients["bias"]) == pytest.approx((start[1] - b) / 0.2, rel=1e-4)
+    expected = ((w + b - 3) ** 2 + (2 * w + b - 5) ** 2) / 2
+    assert found.query_loss == pytest.approx(expected, rel=1e-4)
+
+
+def joint(loss: Loss, weights: Weights, episodes: list[Episode]) -> dict[str, Tensor]:
+    """All tasks learned as one: the baseline that does not know it will be adapted."""
+    total = sum(loss(weights, episode.query) for episode in episodes)
+    assert isinstance(total, Tensor)
+    return dict(zip(weights, torch.autograd.grad(total, list(weights.values())), strict=True))
+
+
+@pytest.mark.parametrize("method", [MAML(), FirstOrderMAML(), Reptile()], ids=str)
+def test_sines_never_seen_need_ten_points(method: MetaMethod) -> None:
+    """After a few steps on ten points: far better than from a start that learned all sines."""
+    inner = 1 if isinstance(method, MAML) else 5
+
+    def trained(meta: MetaMethod | None) -> tuple[Loss, Weights]:
+        torch.manual_seed(0)
+        model = network()
+        weights, generator = dict(model.named_parameters()), torch.Generator().manual_seed(2)
+        loss, optimizer = loss_of(model), torch.optim.Adam(model.parameters(), lr=2e-3)
+        for _ in range(400):
+            episodes = [sine(generator, steps=inner) for _ in range(3)]
+            if meta is None:
+                found = joint(loss, weights, episodes)
+            else:
+                found = meta(loss, weights, episodes, 0.02).gradients
+            for name, parameter in weights.items():
+                parameter.grad = found[name]
+            optimizer.step()
+        return loss, weights
+
+    def after(loss: Loss, weights: Weights) -> float:
+        generator, total = torch.Generator().manual_seed(99), 0.0
+        for _ in range(40):
+            episode = sine(generator, steps=5)
+            ended = adapt(loss, weights, episode.support, 0.02)[-1]
+            total += float(loss(ended, episode.query).detach()) / 40
+        return total
+
+    assert after(*trained(method)) < 0.75 * after(*trained(None))
+
+
+def test_a_text_task_never_seen(tmp_path: Path) -> None:
+    """Each task shifts the alphabet by its own number; the held-out shift is learned faster."""
+    torch.manual_seed(0)
+
+    def piece(shift: int, first: int) -> Piece:
+        tokens = [(first + i * shift) % VOCAB for i in range(8)]
+        return Piece(tokens, [i > 1 for i in range(8)])
+
+    def episode(shift: int, generator: torch.Generator) -> Episode:
+        starts = torch.randint(0, VOCAB, (5, 8), generator=generator).tolist()
+        batches = [assemble([piece(shift, s) for s in row]) for row in starts]
+        return Episode(batches[:-1], batches[-1])
+
+    def after(meta: bool) -> float:
+        model, generator = tiny_model(seed=3, dim=32), torch.Generator().manual_seed(0)
+        loss = LossOf(replace(chat_env(tmp_path), model=model))
+        weights = dict(model.named_parameters())
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        for step in range(150 if meta else 0):
+            episodes = [episode(2 + (3 * step + j) % 9, generator) for j in range(2)]
+            found = Reptile()(loss, weights, episodes, 0.5)
+            for name, parameter in weights.items():
+                parameter.grad = found.gradients[name]
+            optimizer.step()
+        unseen = episode(12, generator)
+        before = float(loss(weights, unseen.query).detach())
+        ended = float(loss(adapt(loss, weights, unseen.support, 0.5)[-1], unseen.query))
+        return before - ended
+
+    assert after(meta=True) > 2 * after(meta=False)
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    few = Supervised(conversations=Numbered(word="loom", amount=5))
+    step = MetaTrain(
+        model=Pretrained(name="any"),
+        tasks=(few, few),
+        optimizer=AdamW(lr=1e-3),
+        shots=2,
+        inner_steps=2,
+        steps=1,
+    )
+    env = chat_env(tmp_path)
+    with pytest.raises(ConfigError, match=r"an episode takes 6 conversations .* has only 5"):
+        step.train(env, Silent())
+    env.model.requires_grad_(False)
+    with pytest.raises(ConfigError, match="nothing trains; add a transform such as LoRA"):
+        step.train(env, Silent())
+    wild = chat_env(tmp_path)
+    torch.nn.init.constant_(wild.model.norm.weight, math.inf)
+    with pytest.raises(TreadleError, match="the loss of step 0 is nan; lower inner_lr"):
+        step.replace(inner_steps=1).train(wild, Silent())
+
+
+def test_the_step_trains_what_the_transforms_opened(tmp_path: Path) -> None:
+    tasks = tuple(
+        Supervised(conversations=Numbered(word=w, amount=12)) for w in ("warp", "weft", "reed")
+    )
+    step = MetaTrain(
+        model=Pretrained(name="any"),
+        tasks=tasks,
+        optimizer=AdamW(lr=1e-2),
+        shots=3,
+        inner_steps=2,
+        inner_lr=0.5,
+        steps=12,
+    )
+    env = chat_env(tmp_path)
+    LoRA(rank=2)(env.model)
+    before = {n: p.detach().clone() for n, p in env.model.named_parameters()}
+    losses = step.train(env, Silent())
+    assert losses[-1] < losses[0]
+    for name, parameter in env.model.named_parameters():
+        moved = not torch.equal(parameter, before[name])
+        assert moved == parameter.requires_grad, name
