@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tiny_generation import byte_tokenizer
+from tiny_generation import byte_tokenizer, tiny_model
 
 from treadle.inference.engine import Engine, EngineConfig
+from treadle.inference.heavy_hitters import HeavyHitters
+from treadle.inference.quantised import Quantised
 from treadle.inference.request import Request
 from treadle.inference.runner import Batch
 from treadle.inference.sampling import Sampling
@@ -23,6 +25,8 @@ from treadle.nn.mixers.attention import Attention
 from treadle.nn.norms import LayerNorm, RMSNorm
 from treadle.nn.positions import NoPositions
 
+CACHES = (Quantised(group=4), HeavyHitters())
+"""Of one kind that lasts and one that does not."""
 TEXTS = ([5, 6, 7, 8, 9, 10, 11], [200, 3], list(range(40)))
 
 
@@ -92,6 +96,15 @@ def over_two(folder: Path) -> None:
             runner.close()
         held = sum(p.nbytes for p in model.parameters()) / whole
         (folder / f"{name}-held-{rank}.json").write_text(json.dumps(held))
+    for cache in CACHES:
+        model = tiny_model()
+        if rank:
+            follow(model, cache)
+        else:
+            runner = TensorParallelRunner(model, pages=40, page=4, cache=cache)
+            engine = Engine.of_runner(runner, byte_tokenizer(), EngineConfig(cache_tokens=160))
+            (folder / f"{type(cache).__name__}.json").write_text(json.dumps(texts(engine)))
+            runner.close()
     joined = shard(models()["gpt"], rank, 2)
     torch.testing.assert_close(joined.head_weight(), models()["gpt"].head_weight())
     bias = joined.head.effective_bias()

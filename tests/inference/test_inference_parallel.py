@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from inference.parallel_workers import TEXTS, models, over_two, texts
+from inference.parallel_workers import CACHES, TEXTS, models, over_two, texts
 from tiny_generation import byte_tokenizer, tiny_model
 from train.processes import launch
 
 from treadle.core.errors import TreadleError
-from treadle.inference.engine import Engine
+from treadle.inference.engine import Engine, EngineConfig
 from treadle.inference.runner import Batch
 from treadle.inference.shards import shard, span
 from treadle.inference.tensor_parallel import join
@@ -45,6 +45,12 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
         held = [json.loads((tmp_path / f"{name}-held-{r}.json").read_text()) for r in (0, 1)]
         assert max(held) < 0.75, "a process holds little more than its part"
         assert sum(held) < 1.2
+
+    for cache in CACHES:
+        said = json.loads((tmp_path / f"{type(cache).__name__}.json").read_text())
+        runner = TorchRunner(tiny_model(), pages=40, page=4, cache=cache)
+        engine = Engine.of_runner(runner, byte_tokenizer(), EngineConfig(cache_tokens=160))
+        assert said == texts(engine), type(cache).__name__
 
 
 @pytest.mark.distributed

@@ -50,9 +50,8 @@ def engine_over(
         return
     import torch.distributed as dist
 
-    from treadle.core.errors import TreadleError
     from treadle.inference.engine import Engine
-    from treadle.inference.paged_memory import pages_for
+    from treadle.inference.paged_memory import Paged, pages_for
     from treadle.inference.tensor_parallel import TensorParallelRunner, follow, join
     from treadle.tokenizers.load import tokenizer_of
 
@@ -61,13 +60,10 @@ def engine_over(
         opened = open_model(target)
         model = opened.model.requires_grad_(False).eval().to(chosen)
         if rank:
-            follow(model)
+            follow(model, limits.cache or Paged())
             raise typer.Exit
-        if limits.cache is not None:
-            raise TreadleError("--cache is for one process: leave it or --tensor-parallel out")
-        runner = TensorParallelRunner(
-            model, pages=pages_for(model, limits.slots, limits.cache_tokens)
-        )
+        pages = pages_for(model, limits.slots, limits.cache_tokens)
+        runner = TensorParallelRunner(model, pages=pages, cache=limits.cache or Paged())
         try:
             yield Engine.of_runner(runner, tokenizer_of(opened), limits)
         finally:

@@ -36,7 +36,7 @@ CARD = Card(
     id="inf.lora",
     paper="Chen et al. 2023, Punica, arXiv:2310.18547; Sheng et al. 2023, arXiv:2311.03285",
     summary="Many adapters on one base in one batch: LoRA, DoRA, AdaLoRA, (IA)^3; hot swap.",
-    recipe="treadle generate smollm2-135m-instruct 'The loom was' --adapter runs/sft/adapter",
+    recipe="treadle generate smollm2-135m-instruct 'The loom was' --adapter adapters/a",
     oracle="tests/inference/test_inference_adapters.py::test_mixed_batch_matches_peft",
 )
 

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from treadle.core.cards import Card
 from treadle.core.errors import TreadleError
-from treadle.inference.runner import Batch, Runner
+from treadle.inference.cache import Cache
+from treadle.inference.paged_memory import Paged
+from treadle.inference.runner import Batch, Name, Runner
 from treadle.inference.shards import shard
 from treadle.inference.torch_runner import TorchRunner
 from treadle.models.decoder import DecoderModel
@@ -61,11 +63,12 @@ class TensorParallelRunner(Runner):
         model: whole, the same in every process; this one's part is kept.
     """
 
-    def __init__(self, model: DecoderModel, *, pages: int, page: int = 16) -> None:
-        self.inner = TorchRunner(
-            shard(model, dist.get_rank(), dist.get_world_size()), pages=pages, page=page
-        )
-        self.page, self.pages = page, pages
+    def __init__(
+        self, model: DecoderModel, *, pages: int, page: int = 16, cache: Cache = Paged()
+    ) -> None:
+        model = shard(model, dist.get_rank(), dist.get_world_size())
+        self.inner = TorchRunner(model, pages=pages, page=page, cache=cache)
+        self.page, self.pages, self.lasting = page, pages, self.inner.lasting
         self.vocab, self.context = self.inner.vocab, self.inner.context
         _tell({"pages": pages, "page": page})
 
@@ -76,6 +79,14 @@ class TensorParallelRunner(Runner):
     def copy(self, source: int, target: int) -> None:
         _tell({"copy": [source, target]})
         self.inner.copy(source, target)
+
+    def fork(self, name: Name, other: Name) -> None:
+        _tell({"fork": [name, other]})
+        self.inner.fork(name, other)
+
+    def end(self, name: Name) -> None:
+        _tell({"end": [name]})
+        self.inner.end(name)
 
     def save(self, page: int) -> Tensor:
         raise TreadleError(
@@ -92,16 +103,22 @@ class TensorParallelRunner(Runner):
 
 
 @torch.inference_mode()
-def follow(model: DecoderModel) -> None:
-    """Compute what process 0 says until it closes its runner."""
-    rank, size = dist.get_rank(), dist.get_world_size()
-    model = shard(model, rank, size)
-    inner = TorchRunner(model, **_hear())
+def follow(model: DecoderModel, cache: Cache = Paged()) -> None:
+    """Compute what process 0 says until it closes its runner; `cache` as there."""
+    model = shard(model, dist.get_rank(), dist.get_world_size())
+    inner = TorchRunner(model, cache=cache, **_hear())
     while said := _hear():
-        if "run" in said:
-            inner.run(Batch(**said["run"]))
-        else:
-            inner.copy(*said["copy"])
+        ((what, given),) = said.items()
+        match what:
+            case "run":
+                given["names"] = [tuple(name) for name in given["names"]]
+                inner.run(Batch(**given))
+            case "copy":
+                inner.copy(*given)
+            case "fork":
+                inner.fork(*map(tuple, given))
+            case "end":
+                inner.end(*map(tuple, given))
 
 
 def _tell(what: dict[str, Any]) -> None:
