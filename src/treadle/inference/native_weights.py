@@ -20,6 +20,7 @@ from treadle.models.hub.fill import applicable, check, expected_shapes
 from treadle.models.hub.gguf import GGUFFile
 from treadle.models.hub.gguf_header import ROPE_DIVISORS
 from treadle.models.hub.load import read_header
+from treadle.models.outline import outline
 from treadle.models.weights import Rule
 from treadle.nn.linear import weight_of
 from treadle.quantization.layers import QuantizedEmbedding
@@ -106,8 +107,7 @@ class StoredFile(NativeWeights):
         spelling = family_of_gguf(header.architecture)
         self.decoder = spelling.read(header)
         self.format = None if format is None else runnable(format)
-        with torch.device("meta"):
-            model = self.decoder.build()
+        model = outline(self.decoder)
         rules = applicable(model, spelling.rules(self.decoder))
         check(
             expected_shapes(model, rules),
