@@ -9,7 +9,7 @@ import pytest
 
 from treadle.core.errors import TreadleError
 from treadle.core.pipeline import Pipeline, execute, read_manifest
-from treadle.core.processes import ProcessPerStep
+from treadle.core.processes import FrugalProcesses
 from treadle.data.batch import Piece, assemble
 from treadle.data.corpus import TextCorpus
 from treadle.data.texts import TextFiles
@@ -42,11 +42,15 @@ ADAMW = AdamW(lr=1e-4)
 CASES = {
     "full-fp32": {"optimizer": ADAMW},
     "full-bf16": {"optimizer": ADAMW, "precision": BF16()},
-    "full-recomputed": {"optimizer": ADAMW, "transforms": (Recompute(),)},
+    "recomputed-bf16": {"optimizer": ADAMW, "transforms": (Recompute(),), "precision": BF16()},
     "lora-fp32": {"optimizer": ADAMW, "transforms": (LoRA(rank=16),)},
     "lora-bf16": {"optimizer": ADAMW, "transforms": (LoRA(rank=16),), "precision": BF16()},
     "dora-bf16": {"optimizer": ADAMW, "transforms": (DoRA(rank=16),), "precision": BF16()},
-    "qlora-fp32": {"optimizer": AdamW8bit(lr=1e-4), "transforms": (NF4(), LoRA(rank=16))},
+    "qlora-bf16": {
+        "optimizer": AdamW8bit(lr=1e-4),
+        "transforms": (NF4(), LoRA(rank=16)),
+        "precision": BF16(),
+    },
     "adapter-bf16": {"optimizer": ADAMW, "transforms": (Bottleneck(),), "precision": BF16()},
     "prefix-bf16": {"optimizer": ADAMW, "transforms": (PrefixTuning(),), "precision": BF16()},
 }
@@ -77,7 +81,7 @@ def measured(folder: Path, model: ModelSource, text: TextCorpus, **case) -> int:
     documents = text.source.documents if isinstance(text, Taught) else text.documents
     tokenizer = TrainTokenizer(documents=documents, tokenizer=ByteLevelBPE(vocab_size=4096))
     steps = (tokenizer, run) if isinstance(model, Fresh) else (run,)
-    execute(Pipeline(name="p", steps=steps, processes=ProcessPerStep()), folder)
+    execute(Pipeline(name="p", steps=steps, processes=FrugalProcesses()), folder)
     return int(read_manifest(folder / "train")["cost"]["peak_bytes"])
 
 

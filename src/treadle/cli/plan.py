@@ -68,6 +68,10 @@ def plan(
         f"\n{data.steps} steps of {per_step} examples in {type(machine.precision).__name__}; "
         f"{machine.name}: {machine.flops / 1e9:.0f} GFLOP/s"
     )
+    typer.echo(
+        "memory: of a run with `processes={kind: FrugalProcesses}`; without it glibc's heap keeps "
+        "up to 1.6 times as much"
+    )
     chosen = recommend(rows, known[goal], data, machine)
     typer.echo(f"for {GOALS[known[goal]]}: {chosen.row.method.name}")
     for reason in chosen.reasons:

@@ -42,6 +42,7 @@ TASK = Supervised(
     conversations=WorkedSolutions(problems=ReasoningGym(families=(LEGS,)), amount=1024), per_step=8
 )
 HELD_OUT = ReasoningGym(families=(LEGS,), split="heldout")
+BASE = Pretrained(name="smollm2-135m-instruct")
 TEACHER = Trained(step="teacher")
 LAYERS = (0, 3, 6, 9, 12, 16, 19, 22, 26, 29)
 ASSISTANT = (0, 1, 3, 4, 6, 7, 9, 10, 12, 14, 16, 17, 19, 20, 22, 23, 25, 26, 28, 29)
@@ -59,9 +60,9 @@ def distill_ladder() -> Pipeline:
     assistant = Trained(step="assistant")
     middle = Thinned(model=TEACHER, layers=ASSISTANT)
     last = Thinned(model=assistant, layers=tuple(map(ASSISTANT.index, LAYERS)))
-    base, half = Pretrained(name="smollm2-135m-instruct"), STEPS // 2
+    half = STEPS // 2
     runs = (
-        train("teacher", base, TASK, CausalLM(), lr=2e-3, transforms=(LoRA(rank=16),)),
+        specialist(BASE),
         train("alone", Reinitialised(model=student), TASK, CausalLM()),
         train("hard", student, TASK, CausalLM()),
         train("soft", student, lesson(Cached()), Distil(terms=mixed)),
@@ -75,6 +76,11 @@ def distill_ladder() -> Pipeline:
     )
     steps = (step for run in runs for step in (run, measure(run.name)))
     return Pipeline(name="distill-ladder", steps=(*steps, SideBySide(), Report()))
+
+
+def specialist(base: ModelSource) -> Run:
+    """The teacher: a model that has learned the task with LoRA."""
+    return train("teacher", base, TASK, CausalLM(), lr=2e-3, transforms=(LoRA(rank=16),))
 
 
 def lesson(how: Lesson, teacher: ModelSource = TEACHER, source: Source = TASK) -> Taught:

@@ -59,6 +59,7 @@ def summed_gradients(
             sums.add("tokens", torch.tensor(batch.layout.tokens, device=world.device))
             for name, value in output.metrics.items():
                 sums.add(f"metric.{name}", value)
+        del output  # what its functions keep would live beside the next micro-batch's
     plan.finish(model)
     return sums
 
