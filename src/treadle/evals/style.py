@@ -1,0 +1,116 @@
+"""Style, measured: a classifier of short letter sequences that learned two ways to write.
+
+    log odds(x) = sum over known n-grams g of x, n <= N, of  log p(g | styled) - log p(g | plain)
+    p(g | c) = (count_c(g) + 1) / (total_c + distinct n-grams)
+    score = 1 where the log odds are positive
+
+Naive Bayes over characters, as for telling authors apart (Peng et al. 2003). It reads how
+something is said; what is said is compared apart, by the words of the right answer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from pydantic import Field
+
+from treadle.core.errors import ConfigError
+from treadle.data.persona import told_who
+from treadle.data.problems import Problems
+from treadle.data.records import Chat, Problem
+from treadle.data.supervised import Conversations
+
+
+@dataclass(frozen=True)
+class StyleClassifier:
+    """Log-odds of every n-gram seen."""
+
+    odds: Mapping[str, float]
+    order: int
+
+    def __call__(self, text: str) -> float:
+        """Log odds for the style; 0 where nothing is said."""
+        return sum(self.odds.get(gram, 0.0) for gram in grams(text, self.order))
+
+
+def learn_style(styled: Iterable[str], plain: Iterable[str], order: int = 3) -> StyleClassifier:
+    """A classifier from texts of both kinds.
+
+    Raises:
+        ConfigError: one of them has no text.
+    """
+    counts = [Counter(g for text in texts for g in grams(text, order)) for texts in (styled, plain)]
+    if not all(counts):
+        raise ConfigError("a style is learned from texts of both kinds; one of the two has none")
+    known = counts[0].keys() | counts[1].keys()
+    sizes = [count.total() + len(known) for count in counts]
+    scale = math.log(sizes[1] / sizes[0])
+    odds = {g: math.log((counts[0][g] + 1) / (counts[1][g] + 1)) + scale for g in known}
+    return StyleClassifier(odds, order)
+
+
+def grams(text: str, order: int) -> list[str]:
+    """All runs of up to `order` characters, small letters only."""
+    low = " ".join(text.lower().split())
+    return [low[i : i + n] for n in range(1, order + 1) for i in range(len(low) - n + 1)]
+
+
+class StyleProblems(Problems):
+    """Questions whose answers are scored by how they are said.
+
+    The classifier learns from the first `known` conversations of both kinds; asked are those after.
+    """
+
+    styled: Conversations
+    plain: Conversations
+    who: str = ""
+    """The system message; empty: nobody is told who speaks."""
+    known: int = Field(200, ge=1)
+    order: int = Field(3, ge=1)
+
+    def problem(self, index: int) -> Problem:
+        chat = self.styled.conversation(self.known + index)
+        if self.who:
+            chat = told_who(chat, self.who)
+        *asked, last = chat.messages
+        return Problem(tuple(asked), last.content, "style")
+
+    def score(self, problem: Problem, completion: str) -> float:
+        return float(_classifier(self)(completion) > 0)
+
+
+class ContentProblems(Problems):
+    """The same questions, scored by the share of the right answer's words that are said."""
+
+    style: StyleProblems
+    ignored: tuple[str, ...] = ()
+    """Words of the style itself, which carry no content."""
+
+    def problem(self, index: int) -> Problem:
+        return replace(self.style.problem(index), verifier="content")
+
+    def score(self, problem: Problem, completion: str) -> float:
+        wanted = words(problem.answer) - frozenset(self.ignored)
+        return len(wanted & words(completion)) / len(wanted) if wanted else 1.0
+
+
+def words(text: str) -> frozenset[str]:
+    """The words of a text, small, without marks."""
+    return frozenset(word for part in text.lower().split() if (word := part.strip(".,;:!?\"'()*")))
+
+
+@lru_cache(maxsize=4)
+def _classifier(problems: StyleProblems) -> StyleClassifier:
+    def texts(conversations: Conversations) -> list[str]:
+        return [answer(conversations.conversation(i)) for i in range(problems.known)]
+
+    return learn_style(texts(problems.styled), texts(problems.plain), problems.order)
+
+
+def answer(chat: Chat) -> str:
+    """What the assistant says last."""
+    return chat.messages[-1].content
