@@ -259,8 +259,6 @@ def test_what_needs_lasting_pages_is_refused(tmp_path) -> None:  # type: ignore[
     engine = Engine(model, tokenizer, EngineConfig(cache=Rolling()))
     with pytest.raises(TreadleError, match="a search needs pages that last"):
         BeamSearch(width=2)(engine, Request((1, 2), Sampling()))
-    with pytest.raises(TreadleError, match="of the prompt need pages that last"):
-        engine.submit(Request((1, 2), Sampling(), prompt_logprobs=0))
 
 
 def test_sizes_that_do_not_fit_are_named() -> None:

@@ -155,11 +155,6 @@ class Engine:
             if request.adapter not in known:
                 hint = did_you_mean(request.adapter, known)
                 raise TreadleError(f"no adapter `{request.adapter}`{hint}")
-        if request.prompt_logprobs is not None and not self.runner.lasting:
-            raise TreadleError(
-                "log-probabilities of the prompt need pages that last: use a cache of kind Paged "
-                "or Quantised"
-            )
         if not length:
             raise TreadleError("the prompt is empty: give at least one token")
         if request.prompt_logprobs is not None:
