@@ -105,4 +105,6 @@ def running(
         it.stop()
         thread.join(timeout=30)
         assert not thread.is_alive(), "the server did not stop"
+        engines = [t.name for t in threading.enumerate() if t.name.startswith("engine ")]
+        assert not engines, "engines outlive the server"
         loop.close()

@@ -69,6 +69,8 @@ class Pool:
 
     def __init__(self, offers: Sequence[Offer], config: Serve, metrics: Metrics) -> None:
         self.config, self.metrics = config, metrics
+        self._ending: list[Worker] = []
+        """Unloaded ones whose threads may still be at work."""
         self._entries: dict[str, _Entry] = {}
         for offer in offers:
             if offer.name in self._entries:
@@ -128,6 +130,14 @@ class Pool:
         """Unload everything; requests under way are told."""
         for entry in self._entries.values():
             self._unload(entry)
+
+    async def join(self) -> None:
+        """Wait for the threads of what was unloaded.
+
+        One that computes while the interpreter ends would abort the process.
+        """
+        for worker in self._ending:
+            await asyncio.to_thread(worker.join)
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
@@ -216,6 +226,7 @@ class Pool:
             if other.shares and other.worker is worker:
                 self._unload(other)
         worker.close()
+        self._ending = [w for w in (*self._ending, worker) if w.alive]
 
 
 def runner_of(engine: Engine) -> TorchRunner:

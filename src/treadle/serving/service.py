@@ -165,4 +165,5 @@ class Service:
             task.cancel()
         await asyncio.gather(*self.shadows, return_exceptions=True)
         self.pool.close()
+        await self.pool.join()
         self.trials.close()

@@ -193,6 +193,11 @@ class Worker:
         self.closed = True
         self._commands.put(None)
 
+    @property
+    def alive(self) -> bool:
+        """Whether its thread still runs."""
+        return self._thread.is_alive()
+
     def join(self) -> None:
         """Wait until a closed worker's thread has ended."""
         self._thread.join()
