@@ -229,6 +229,9 @@ def test_preemption_and_company_change_nothing() -> None:
         assert crowd.scheduler.blocks.available == crowd.scheduler.blocks.pages
         assert not crowd.runner.memory.rows
         assert not crowd.runner.memory.unread
+        memory = crowd.runner.memory
+        assert sorted(memory.free) == list(range(len(memory.lengths)))
+        assert len(memory.lengths) <= len(requests)
 
 
 @torch.no_grad()

@@ -13,9 +13,8 @@ from torch.testing import assert_close
 
 from treadle.core.errors import TreadleError
 from treadle.kernels.blocks import FORMATS, dequantise, quantise
-from treadle.kernels.native import build as native
 from treadle.kernels.native import levels
-from treadle.kernels.native.build import compiled
+from treadle.kernels.native.build import compiled, library
 from treadle.kernels.native.levels import LEVELS, features, find_level
 from treadle.kernels.native.matrix import FORMATS as NATIVE_FORMATS
 from treadle.kernels.native.matrix import (
@@ -156,7 +155,7 @@ def test_levels_are_chosen_by_the_processor_and_by_name(
 @needs_compiler
 @pytest.mark.parametrize("level", HERE)
 def test_each_level_is_compiled_as_itself(level: str) -> None:
-    assert native.library(find_level(level)).treadle_level() == level.encode()
+    assert library(find_level(level)).treadle_level() == level.encode()
 
 
 @needs_compiler

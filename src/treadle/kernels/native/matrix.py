@@ -37,11 +37,11 @@ class Arena:
 
     def __init__(self, nbytes: int, level: str | None = None) -> None:
         self.nbytes = nbytes
-        self.library = library(find_level(level))
-        self.handle: int | None = self.library.treadle_arena(nbytes)
+        self.compiled = library(find_level(level))
+        self.handle: int | None = self.compiled.treadle_arena(nbytes)
         if self.handle is None:
             raise TreadleError(f"no memory for {nbytes:,} bytes of weights; free some")
-        weakref.finalize(self, self.library.treadle_free_arena, self.handle)
+        weakref.finalize(self, self.compiled.treadle_free_arena, self.handle)
 
 
 class NativeMatrix:
@@ -63,7 +63,7 @@ class NativeMatrix:
             raise TreadleError(f"rows of {length} bytes are not whole blocks of {format}")
         self.columns = length // self.format.block_bytes * self.format.block_size
         arena = arena or Arena(packed_bytes(self.rows, self.columns, format))
-        self._library = arena.library
+        self._library = arena.compiled
         blocks = blocks.contiguous()
         self.handle: int | None = self._library.treadle_matrix(
             arena.handle, _number(format), self.rows, self.columns, blocks.data_ptr()
