@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from treadle.core.errors import TreadleError
 from treadle.kernels.blocks import FORMATS, dequantise, quantise
+from treadle.kernels.native import build as native
 from treadle.kernels.native import levels
 from treadle.kernels.native.build import compiled, library
 from treadle.kernels.native.levels import LEVELS, features, find_level
