@@ -102,10 +102,14 @@ def test_right_guesses_save_passes() -> None:
 
 def test_the_model_itself_guesses_right() -> None:
     """Sampled too, by the same random numbers: all but what an end cuts off."""
-    it = engine(draft=Noisy(noise=0.0))
+    it, read = engine(draft=Noisy(noise=0.0)), []
+    assert isinstance(it.guesser, ModelGuesser)
+    run = it.guesser.runner.run
+    it.guesser.runner.run = lambda batch: read.append(len(batch.tokens)) or run(batch)  # type: ignore[func-returns-value,method-assign]
     request = Request((1, 2), Sampling(temperature=1.0, max_tokens=61, logit_bias=((256, -99.0),)))
     assert passes(it, request) == 1 + 60 // 5
     assert it.accepted == it.guessed == 48
+    assert sum(read) <= 2 + 61  # the draft reads each token once
 
 
 def test_near_models_agree_more_often_than_chance() -> None:

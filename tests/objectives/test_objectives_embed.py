@@ -145,5 +145,6 @@ def test_what_gives_no_embedding() -> None:
     for wrong, said in (((8, 8), "do not fall"), ((), "do not fall"), ((8, 0), "do not fall")):
         with pytest.raises(ValueError, match=said):
             Matryoshka(dims=wrong)
+    assert Matryoshka(dims=(8, 1)).dims[-1] == 1
     with pytest.raises(ValueError, match="1 weights for 2 dims"):
         Matryoshka(dims=(8, 4), weights=(1.0,))
