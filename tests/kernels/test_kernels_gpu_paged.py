@@ -83,10 +83,11 @@ def test_kernel_puts_parts_together(kernel, monkeypatch, rule: AttentionRule) ->
     torch.testing.assert_close(kernel.paged_attention(*given, rule), by_hand(*given, rule))
 
 
-def test_kernel_takes_bf16_and_many_heads_a_group(kernel) -> None:
+def test_kernel_takes_half_precision_and_many_heads_a_group(kernel) -> None:
+    """fp16, since the interpreter multiplies no bf16."""
     q, keys, values, where = scattered([9, 40], groups=1)
     rule = RULES["plain"]
-    low = kernel.paged_attention(q.bfloat16(), keys.bfloat16(), values.bfloat16(), where, rule)
-    assert low.dtype == torch.bfloat16
+    low = kernel.paged_attention(q.half(), keys.half(), values.half(), where, rule)
+    assert low.dtype == torch.float16
     exact = by_hand(q, keys, values, where, rule)
-    torch.testing.assert_close(low.float(), exact, atol=0.03, rtol=0.03)
+    torch.testing.assert_close(low.float(), exact, atol=0.005, rtol=0.005)

@@ -12,6 +12,8 @@ program reads its sequence's own length, so a graph recorded once serves texts o
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -43,7 +45,7 @@ def paged_attention(
     parts = max(1, min(MOST_PARTS, longest // PART))
     q, keys, values = q.contiguous(), keys.contiguous(), values.contiguous()
     tables, positions = where.tables.contiguous(), where.positions.contiguous()
-    slopes = torch.tensor(rule.slopes or (0.0,) * heads, device=q.device)
+    slopes = positions if rule.slopes is None else _slopes(rule.slopes, q.device)
     sums = q.new_empty(rows, heads, parts, width, dtype=torch.float32)
     peaks = q.new_empty(rows, heads, parts, dtype=torch.float32)
     masses = torch.empty_like(peaks)
@@ -73,6 +75,7 @@ def paged_attention(
         WIDTH_=_padded(width),
         SHARED_=_padded(heads // groups),
         CAP=rule.softcap is not None,
+        SLOPED=rule.slopes is not None,
         BLOCK=BLOCK,
     )
     if parts == 1:
@@ -80,6 +83,12 @@ def paged_attention(
     share = (peaks - peaks.amax(-1, keepdim=True)).exp()
     mass = (masses * share).sum(-1, keepdim=True)
     return ((sums * share[..., None]).sum(2) / mass).to(q.dtype)
+
+
+@cache
+def _slopes(slopes: tuple[float, ...], device: torch.device) -> Float[Tensor, " H"]:
+    """On the device once: a recorded pass cannot bring them there."""
+    return torch.tensor(slopes, device=device)
 
 
 def _padded(size: int) -> int:
@@ -114,6 +123,7 @@ def _paged_attention(
     WIDTH_: tl.constexpr,
     SHARED_: tl.constexpr,
     CAP: tl.constexpr,
+    SLOPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row, group, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -131,7 +141,8 @@ def _paged_attention(
         mask=(shared < SHARED)[:, None] & (dims < DIM)[None, :],
         other=0.0,
     )
-    slope = tl.load(slopes + group * SHARED + shared, mask=shared < SHARED, other=0.0)
+    if SLOPED:
+        slope = tl.load(slopes + group * SHARED + shared, mask=shared < SHARED, other=0.0)
     # Finite, so that a part that sees nothing weighs nothing instead of NaN.
     peak = tl.full([SHARED_], -1e30, tl.float32)
     mass = tl.zeros([SHARED_], tl.float32)
@@ -149,7 +160,8 @@ def _paged_attention(
         score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
         if CAP:
             score = softcap * (1 - 2 / (1 + tl.exp(2 * score / softcap)))
-        score -= slope[:, None] * (here - position)[None, :].to(tl.float32)
+        if SLOPED:
+            score -= slope[:, None] * (here - position)[None, :].to(tl.float32)
         score = tl.where(there[None, :], score, -1e30)
         higher = tl.maximum(peak, tl.max(score, 1))
         weight = tl.where(there[None, :], tl.exp(score - higher[:, None]), 0.0)
