@@ -9,7 +9,8 @@ import typer
 
 from treadle.cli.chat import Device
 from treadle.cli.command import Command
-from treadle.cli.kinds import CacheKind, DraftKind, limits_of
+from treadle.cli.kinds import CacheKind, DecodeKind, DraftKind, limits_of
+from treadle.cli.numbers import Dtype, Numbers, Quantize
 
 if TYPE_CHECKING:
     from treadle.inference.engine import EngineConfig
@@ -68,6 +69,9 @@ def serve(
     ] = 1,
     cache: CacheKind = None,
     draft: DraftKind = None,
+    decode: DecodeKind = None,
+    dtype: Dtype = None,
+    quantize: Quantize = None,
     device: Device = "auto",
 ) -> None:
     """Answer the OpenAI protocol, and show a chat page."""
@@ -89,9 +93,9 @@ def serve(
         memory_bytes=None if memory is None else int(memory * 1e9),
         drain_seconds=drain,
     )
-    limits = limits_of(cache, draft, slots=slots, adapters=adapter_slots)
+    limits = limits_of(cache, draft, decode, slots=slots, adapters=adapter_slots)
     limits = limits.model_copy(update={"prefix_folder": str(prefixes) if prefixes else None})
-    offers = offers_of(models, adapter or [], device, limits)
+    offers = offers_of(models, adapter or [], device, limits, Numbers(dtype, quantize))
     shown = host if ":" not in host else f"[{host}]"
     if replicas > 1:
         _replicated(offers, config, replicas, trial, f"http://{shown}:{port}")
@@ -122,7 +126,11 @@ def _replicated(
 
 
 def offers_of(
-    models: list[str], adapters: list[str], device: str, limits: EngineConfig
+    models: list[str],
+    adapters: list[str],
+    device: str,
+    limits: EngineConfig,
+    numbers: Numbers = Numbers(),
 ) -> list[Offer]:
     """What the arguments name.
 
@@ -142,7 +150,7 @@ def offers_of(
             name, target = (Path(text).name if Path(text).exists() else text), text
         adapted = adapters and not offers
         chosen = on_torch(device) if adapted else device  # native kernels run no adapters
-        offers.append(Base(name, partial(engine_of, target, chosen, limits)))
+        offers.append(Base(name, partial(engine_of, target, chosen, limits, numbers)))
     for text in adapters:
         name, equals, folder = text.partition("=")
         if not (name and folder):
