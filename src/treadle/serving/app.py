@@ -11,6 +11,7 @@ from pathlib import Path
 from fastapi import FastAPI
 
 from treadle import __version__
+from treadle.core.meter import Meter
 from treadle.serving import (
     chat,
     completions,
@@ -28,6 +29,9 @@ from treadle.serving.metrics import Metrics
 from treadle.serving.pool import Offer, Pool
 from treadle.serving.service import Service
 from treadle.serving.trial import Trial, Trials
+
+ENERGY_SECONDS = 5.0
+"""Between two looks at the machine's counters, which start again from zero now and then."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,9 @@ def build(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         watching = asyncio.create_task(_unload_idle(service))
-        yield
+        with Meter(interval=ENERGY_SECONDS) as meter:
+            metrics.watch(meter)
+            yield
         watching.cancel()
         await service.close()
 
