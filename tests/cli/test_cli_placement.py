@@ -145,15 +145,15 @@ def test_a_prompt_finds_its_adapter(base: Path, adapters: list[Path], tmp_path: 
         assert rows(str(base), prompt, *options) == rows(str(base), prompt, "--adapter", folder)
     for row, said in (
         ({"adapter": folders[0]}, "row 1: write `adapter` and `prompt`, both texts"),
-        ({"adapter": "none", "prompt": "a"}, "row 1: no --adapter `none`"),
-        ({"adapter": folders[0], "prompt": "a"}, "expert 1 has no prompts to be known by"),
+        ({"adapter": "none", "prompt": "a"}, "row 1: no adapter `none`"),
+        ({"adapter": folders[0], "prompt": "a"}, "has no examples to be known by"),
     ):
         examples.write_text(json.dumps(row))
         done = treadle("generate", str(base), "the", *options)
         assert done.exit_code == 2
         assert said in " ".join(done.stderr.split())
     done = treadle("generate", str(base), "the", "--route", str(examples))
-    assert "give --adapter at least twice" in done.stderr
+    assert "no adapter `" in done.stderr
 
 
 def test_generate_says_what_an_adapter_lacks(base: Path, tmp_path: Path) -> None:

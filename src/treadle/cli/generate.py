@@ -14,7 +14,6 @@ from treadle.cli.chat import Device, MaxTokens, Model, Seed, Temperature, TopP
 from treadle.cli.command import Command
 from treadle.cli.kinds import CacheKind, DraftKind, limits_of
 from treadle.cli.parallel import Experts, TensorParallel, engine_over, told_of_experts
-from treadle.cli.route import chosen_adapter
 from treadle.cli.voice import on_torch
 
 
@@ -80,6 +79,7 @@ def generate(
     from treadle.inference.compress import CompressPrompt, compress_text
     from treadle.inference.constrained import JsonSchema, Language, Regex
     from treadle.inference.request import Request
+    from treadle.inference.route import Chooser, read_examples
     from treadle.inference.sampling import Sampling
     from treadle.tokenizers.chat import encode_prompt
 
@@ -110,7 +110,7 @@ def generate(
         request = Request(tuple(tokens), sampling, n=n, constraint=constraint)
         folders = list(adapter or ())
         if route is not None:
-            folders = [chosen_adapter(engine, folders, route, tokens)]
+            folders = [Chooser(read_examples(route, folders))(engine, tokens)]
             typer.secho(f"(by {folders[0]})", dim=True, err=True)
         places = [placed(engine, folder) for folder in folders] or [(engine, None)]
         work = [(own, replace(request, adapter=name)) for own, name in places]

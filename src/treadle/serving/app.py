@@ -27,6 +27,7 @@ from treadle.serving.config import Serve
 from treadle.serving.gate import Gate
 from treadle.serving.metrics import Metrics
 from treadle.serving.pool import Offer, Pool
+from treadle.serving.route import Route, Routes
 from treadle.serving.service import Service
 from treadle.serving.trial import Trial, Trials
 
@@ -57,15 +58,17 @@ def build(
     config: Serve,
     *,
     trials: Sequence[Trial] = (),
+    routes: Sequence[Route] = (),
     trial_log: Path | None = None,
 ) -> App:
     """
     Raises:
-        TreadleError: two things have one name, or a trial names what is not served.
+        TreadleError: two things have one name, or a trial or a route names what is not served.
     """
     metrics = Metrics()
     pool = Pool(offers, config, metrics)
-    service = Service(config, pool, metrics, Trials(trials, pool.names, trial_log))
+    known = Routes(routes, offers)
+    service = Service(config, pool, metrics, Trials(trials, pool.names, trial_log), known)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
