@@ -116,7 +116,7 @@ def measured(name: str, right: int) -> Stage:
 
 def test_a_better_stage_on_the_way_is_named() -> None:
     stages = [measured("base", 1), measured("sft", 52), measured("quantised", 4)]
-    said = " ".join(sentences("run", stages, None, [], []))
+    said = " ".join(sentences("run", stages, None, [], [], []))
     assert "The final model (quantised) answers 4.0%" in said
     assert "An earlier stage was better: sft with 52.0%" in said
     fine = [measured("base", 1), measured("sft", 52), measured("quantised", 47)]
