@@ -146,4 +146,4 @@ def test_a_model_learns_to_tell(tmp_path: Path) -> None:
     texts = ["ax", "bz", "ay", "\u00fex", "\u00ffz", "\u00ffy"]
     turns = ({"role": "user", "content": "q3"},)
     scores = torch.tensor(ByVerdict(ask="?")(thinker, Ask(0, turns), texts, []))
-    assert scores[:3].min() > scores[3:].max() + 0.3
+    assert scores[:3].mean() > scores[3:].mean() + 0.5

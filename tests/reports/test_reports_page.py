@@ -344,8 +344,8 @@ def test_ways_to_answer_are_laid_side_by_side(tmp_path: Path) -> None:
     page = read_page((tmp_path / "report" / PAGE).read_text())
     (found,) = (t for t in page.all("table") if "Exam" in t.text)
     assert list(table(found).items()) == [
-        ("OneAnswer", ["gcd", "30.0% 18.1\u201345.4%", "330", "1.5 min"]),
-        ("BestOfN n=4", ["gcd", "55.0% 39.8\u201369.3%", "1,320", "1.5 min"]),
+        ("OneAnswer", ["gcd", "30.0% 18.1\u201345.4%", "330", "90 s"]),
+        ("BestOfN n=4", ["gcd", "55.0% 39.8\u201369.3%", "1,320", "90 s"]),
     ]
     lead = " ".join(page.all("p", **{"class": "lead"})[0].text.split())
     assert (
