@@ -67,9 +67,8 @@ def _ways(step: Mapping[str, Any]) -> list[str]:
 
 
 def _way(row: Mapping[str, Any]) -> str:
-    ends = numbers.interval(row["accuracy"])
     spent = f"{row['tokens']:,.0f} tokens a problem"
-    return f"{row['strategy']} is right on {_share(row['accuracy'])} ({ends}) for {spent}"
+    return f"{row['strategy']} is right on {_share(row['accuracy'])} for {spent}"
 
 
 def _better(measured: Sequence[tuple[Stage, Figure]]) -> list[str]:
