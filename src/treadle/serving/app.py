@@ -12,6 +12,7 @@ from fastapi import FastAPI
 
 from treadle import __version__
 from treadle.serving import (
+    attention,
     chat,
     completions,
     embeddings,
@@ -80,7 +81,7 @@ def build(
         responses={kind: {"model": errors.ErrorAnswer} for kind in ("4XX", "5XX")},
     )
     errors.install(http)
-    for family in (chat, completions, responses, embeddings, listing, votes):
+    for family in (chat, completions, responses, embeddings, attention, listing, votes):
         http.include_router(family.routes(service))
     http.include_router(site.routes())
     gate = Gate(http, config, metrics)
