@@ -142,10 +142,11 @@ class ChatAnswer(Answer):
             async for _, piece in pieces(session):
                 choice = choices[piece.index]
                 deltas = [_delta(part, number) for part, number in choice.numbered(piece)]
-                if piece.index not in greeted:
+                greeting = int(piece.index not in greeted)
+                if greeting:
                     greeted.add(piece.index)
                     deltas = [{"role": "assistant", "content": ""}, *deltas]
-                if self.body.logprobs and piece.tokens and len(deltas) < 2:
+                if self.body.logprobs and piece.tokens and not deltas[greeting:]:
                     deltas.append({})  # tokens whose text is held back are told all the same
                 for number, delta in enumerate(deltas, 1):
                     one: dict[str, Any] = {"index": piece.index, "delta": delta}

@@ -62,11 +62,11 @@ function tokens(given) {
     element("span", { text: decoder.decode(new Uint8Array(bytes), { stream: true }) }));
 }
 
-// Many heads rest on the first token, so the shades are relative to the largest of the others.
+// Many heads rest on the first token: it is told, and the shades are relative to the largest other.
 function shade(row, spans) {
   const largest = Math.max(...row.slice(1), 1e-6);
   spans.forEach((span, i) => {
-    const strength = i < row.length ? Math.min(1, row[i] / largest) : 0;
+    const strength = i && i < row.length ? row[i] / largest : 0;
     span.style.setProperty("--strength", `${Math.round(70 * strength)}%`);
     span.title = i < row.length ? percent(row[i]) : "";
     span.classList.toggle("later", i >= row.length);

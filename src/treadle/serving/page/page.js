@@ -222,8 +222,8 @@ function tip(span, tokens) {
 
 function votes(message) {
   const box = element("span", { className: "votes" });
-  for (const [good, mark, label] of [[true, "👍", "Good"], [false, "👎", "Bad"]]) {
-    const button = element("button", { type: "button", text: mark, ariaLabel: label });
+  for (const [good, text] of [[true, "Good"], [false, "Bad"]]) {
+    const button = element("button", { type: "button", text, className: "plain" });
     button.addEventListener("click", async () => {
       try {
         await vote(message.id, good, settings.key);
