@@ -317,6 +317,7 @@ def test_metrics(server: Running) -> None:
         'treadle_inter_token_seconds_sum{model="tiny"}',
         'treadle_requests_open{model="tiny"} 0.0',
         'treadle_requests_waiting{model="tiny"} 0.0',
+        'treadle_energy_joules{source="',
     ):
         assert line in text
 

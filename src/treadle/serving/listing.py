@@ -23,6 +23,8 @@ def routes(service: Service) -> APIRouter:
     def described(name: str) -> dict[str, Any]:
         row: dict[str, Any] = {"id": name, "object": "model", "created": began}
         row["owned_by"] = "treadle"
+        if name in service.routes.names:
+            return {**row, "parent": service.routes.base}
         if name not in service.pool.names:
             return {**row, "trial": True}
         offer = service.pool.offer(name)
