@@ -33,7 +33,7 @@ export async function attention(request, key) {
   return (await checked(response)).json();
 }
 
-// Yields { id, text, reasoning, pieces, finish, sources, citations }.
+// Yields { id, model, text, reasoning, pieces, finish, sources, citations }.
 export async function* answer(request, { key, signal }) {
   const body = JSON.stringify({ ...request, stream: true });
   const response = await checked(
@@ -49,6 +49,7 @@ export async function* answer(request, { key, signal }) {
     const text = (choice.delta.content ?? "") + calls.join("\n");
     yield {
       id: chunk.id,
+      model: chunk.model,
       text,
       reasoning: choice.delta.reasoning_content ?? "",
       pieces: split(text, choice.logprobs?.content ?? []),

@@ -227,7 +227,8 @@ function votes(message) {
     button.addEventListener("click", async () => {
       try {
         await vote(message.id, good, settings.key);
-        message.votable = false;
+        if (message.model !== body.model) drawn.who.firstChild.textContent = `${body.model}: ${message.model}`;
+    message.votable = false;
         box.replaceChildren(good ? "voted good" : "voted bad");
         save(null);
       } catch (error) {
@@ -277,6 +278,7 @@ async function ask(text) {
   try {
     for await (const part of answer(body, { key: settings.key, signal: running.signal })) {
       message.id = part.id;
+      message.model = part.model ?? message.model; // of a route, the adapter that it chose
       message.text += part.text;
       message.reasoning += part.reasoning;
       message.pieces.push(...part.pieces);
@@ -288,6 +290,7 @@ async function ask(text) {
       });
       if (part.finish === "length") drawn.who.append(element("span", { text: "cut at the token limit" }));
     }
+    if (message.model !== body.model) drawn.who.firstChild.textContent = `${body.model}: ${message.model}`;
     message.votable = offered.some((m) => m.id === body.model && m.trial);
     if (message.votable) drawn.who.append(votes(message));
   } catch (error) {
