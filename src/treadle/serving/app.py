@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from treadle import __version__
 from treadle.core.meter import Meter
 from treadle.serving import (
+    attention,
     chat,
     completions,
     embeddings,
@@ -89,7 +90,7 @@ def build(
         responses={kind: {"model": errors.ErrorAnswer} for kind in ("4XX", "5XX")},
     )
     errors.install(http)
-    for family in (chat, completions, responses, embeddings, listing, votes):
+    for family in (chat, completions, responses, embeddings, attention, listing, votes):
         http.include_router(family.routes(service))
     http.include_router(site.routes())
     gate = Gate(http, config, metrics)

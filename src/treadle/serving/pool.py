@@ -227,15 +227,22 @@ class Pool:
         self._ending = [w for w in (*self._ending, worker) if w.alive]
 
 
-def runner_of(engine: Engine) -> TorchRunner:
+def runner_of(engine: Engine, lack: str = "gives text only") -> TorchRunner:
     """The runner behind an engine, with its model.
+
+    Args:
+        lack: what the other runners do not give, for the message.
 
     Raises:
         ApiError: the engine runs it in a form of its own.
     """
     if isinstance(engine.runner, TorchRunner):
         return engine.runner
-    raise ApiError(400, "this model is served in a form that gives text only", code="text_only")
+    message = (
+        f"this model runs in a form that {lack} ({type(engine.runner).__name__}): start the "
+        "server with `--device cpu` (or `cuda`), and without `--tensor-parallel`"
+    )
+    raise ApiError(400, message, code="text_only")
 
 
 def _tensors(model: DecoderModel) -> Iterator[Tensor]:
