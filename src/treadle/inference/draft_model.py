@@ -168,9 +168,7 @@ class ModelGuesser(Guesser):
             found[path.of].append(path.guesses)
         return found
 
-    def _grow(
-        self, sequences: Sequence[Active], going: Sequence[_Path], wide: int
-    ) -> list[_Path]:
+    def _grow(self, sequences: Sequence[Active], going: Sequence[_Path], wide: int) -> list[_Path]:
         """A token more for each path; paths that part from them with other tokens."""
         logits = self._read(going)
         requests = [sequences[path.of].request for path in going]

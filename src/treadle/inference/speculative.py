@@ -109,9 +109,7 @@ class LookUp(Guesser):
         ]
 
 
-def alternatives(
-    logits: Float[Tensor, " V"], drawn: int, count: int
-) -> list[int]:
+def alternatives(logits: Float[Tensor, " V"], drawn: int, count: int) -> list[int]:
     """The drawn token and the likeliest others: what the target may draw instead."""
     likely = torch.topk(logits, min(count, len(logits))).indices.tolist()
     return [drawn, *(token for token in likely if token != drawn)][:count]
