@@ -9,8 +9,18 @@ from pathlib import Path
 import pytest
 from tiny_generation import byte_tokenizer, tiny_model
 
-from treadle.alignment.constitution import Principle, Revise, read_constitution, violations
+from treadle.alignment.constitution import (
+    ByConstitution,
+    ConstitutionOf,
+    Principle,
+    Revise,
+    Violations,
+    read_constitution,
+    violations,
+)
+from treadle.alignment.feedback import Comparison, Verdict
 from treadle.alignment.iterate import PairsOf
+from treadle.alignment.judge import ByJudge
 from treadle.alignment.preferences import Preferences
 from treadle.core.errors import FileFormatError, TreadleError
 from treadle.core.pipeline import Pipeline, Workspace, execute, read_manifest
@@ -85,14 +95,27 @@ def test_violations_fall_after_training(tmp_path: Path, monkeypatch: pytest.Monk
         objective=DPO(beta=0.1, anchor=1.0),
         optimizer=AdamW(lr=5e-3),
         schedule=Constant(),
-        fit=Fit(steps=25, precision=FP32()),
+        fit=Fit(steps=60, precision=FP32()),
     )
-    again = revise.replace(name="again", model=Trained(step="train"))
-    execute(Pipeline(name="p", steps=(revise, train, again)), tmp_path / "run")
-    before, after = (read_manifest(tmp_path / "run" / n)["metrics"] for n in ("revise", "again"))
+    again = Violations(
+        name="again",
+        model=Trained(step="train"),
+        subject="train",
+        problems=Anything(),
+        constitution=ConstitutionOf(step="revise"),
+        sampling=Sampling(max_tokens=8),
+    )
+    start = again.replace(name="start", model=ShoutingModel(), subject="base")
+    execute(Pipeline(name="p", steps=(revise, start, train, again)), tmp_path / "run")
+    before = read_manifest(tmp_path / "run" / "revise")["metrics"]
     assert before["violations_before"] > 0.4
     assert before["violations_after"] == 0.0
-    assert after["violations_before"] < 0.5 * before["violations_before"]
+    first, last = (
+        read_manifest(tmp_path / "run" / n)["metrics"]["results"]["principles kept"]["value"]
+        for n in ("start", "again")
+    )
+    assert first == pytest.approx(1 - before["violations_before"])
+    assert 1 - last < 0.5 * (1 - first)
     rows = (tmp_path / "run" / "revise" / "pairs.jsonl").read_text().splitlines()
     assert len(rows) == before["revised"]
     row = json.loads(rows[0])
@@ -104,6 +127,59 @@ def test_violations_fall_after_training(tmp_path: Path, monkeypatch: pytest.Monk
         ["user", "assistant", "user"],
         ["user", "assistant", "user", "assistant", "user"],
     ]
+
+
+def test_a_revision_without_words_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = iter((["one", "two"], ["c", "c"], ["  ", "three"], ["c", "c"], ["four", "three"]))
+    monkeypatch.setattr(Revise, "_say", lambda *_: next(said))
+    path = tmp_path / "principles.yaml"
+    path.write_text(CONSTITUTION)
+    revise = Revise(
+        name="revise",
+        model=ShoutingModel(),
+        problems=Anything(),
+        constitution=str(path),
+        count=2,
+        rounds=2,
+    )
+    execute(Pipeline(name="p", steps=(revise,)), tmp_path / "run")
+    rows = (tmp_path / "run" / "revise" / "pairs.jsonl").read_text().splitlines()
+    pairs = [(r["rejected"], r["chosen"]) for r in map(json.loads, rows)]
+    assert pairs == [("one", "four"), ("two", "three")]
+    said = iter((["one", "two"], ["c", "c"], ["one ", ""]))
+    with pytest.raises(TreadleError, match="revise: no answer was changed by its revision"):
+        execute(Pipeline(name="p", steps=(revise.replace(rounds=1),)), tmp_path / "same")
+
+
+def test_a_judge_goes_by_the_constitution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each comparison by one of the principles that say what to prefer."""
+    seen: list[str] = []
+
+    def note(judge, comparisons, principles, workspace):
+        seen.extend(principles)
+        return [Verdict(1.0) for _ in comparisons]
+
+    monkeypatch.setattr(ByJudge, "by_principles", note)
+    folder = tmp_path / "revise"
+    folder.mkdir()
+    (folder / "manifest.json").write_text("{}")
+    path = folder / "principles.yaml"
+    path.write_text(CONSTITUTION.replace("  revise: S", "  prefer: the short one\n  revise: S"))
+    workspace = Workspace(tmp_path, tmp_path, Pipeline(name="p", steps=()))
+    labeller = ByConstitution(constitution=ConstitutionOf(step="revise"))
+    pairs = [Comparison(Anything().problem(0), "a", "b")] * 5
+    assert len(labeller(pairs, Anything(), workspace)) == 5
+    assert seen == ["the short one"] * 5
+    seen.clear()
+    path.write_text(CONSTITUTION.replace("  revise: ", "  prefer: p\n  revise: "))
+    path.write_text(path.read_text().replace("prefer: p", "prefer: q", 1))
+    labeller(pairs * 8, Anything(), workspace)
+    assert set(seen) == {"p", "q"}
+    path.write_text(CONSTITUTION)
+    with pytest.raises(TreadleError, match="no principle of step `revise` says what to `prefer`"):
+        labeller(pairs, Anything(), workspace)
 
 
 def test_principles_are_read_and_violations_counted(tmp_path: Path) -> None:
@@ -125,6 +201,7 @@ def test_principles_are_read_and_violations_counted(tmp_path: Path) -> None:
         ("- name: x\n  critique: y\n  revise: z\n  forbid: q", "has no use for `forbid`"),
         ("- name: x\n  critique: y\n  revise: z\n  forbidden: '('", "no regular expression"),
         ("- name: 3\n  critique: y\n  revise: z", "each a text"),
+        ("- name: x\n  critique: ''\n  revise: z", "each a text"),
     ],
 )
 def test_files_that_are_no_constitution(text: str, message: str, tmp_path: Path) -> None:

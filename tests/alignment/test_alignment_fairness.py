@@ -79,7 +79,7 @@ def train(penalty: float, folder: Path, seed: int) -> Gaps:
         GRPO(),
         optimizer=AdamW(lr=1e-2),
         schedule=Constant(),
-        config=Fit(steps=40, precision=FP32(), checkpoint_every=1000),
+        config=Fit(steps=32, precision=FP32(), checkpoint_every=1000),
         plan=plan,
         world=plan.setup("cpu"),
         folder=folder / "checkpoints",
@@ -95,7 +95,7 @@ def test_the_gap_falls_on_counterfactual_pairs(tmp_path: Path) -> None:
     for seed in range(3):
         free.append(train(0.0, tmp_path / f"free-{seed}", seed))
         fair.append(train(3.0, tmp_path / f"fair-{seed}", seed))
-    assert sum(g.late("parity_gap") for g in free) / 3 > 0.3
+    assert sum(g.late("parity_gap") for g in free) / 3 > 0.5
     assert sum(g.late("parity_gap") for g in fair) / 3 < 0.15
 
 

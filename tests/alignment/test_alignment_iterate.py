@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_generation import byte_tokenizer, tiny_model
 
-from treadle.alignment.feedback import ByVerifier, Comparison, Labeller, Verdict
+from treadle.alignment.feedback import ByMarks, Comparison, Labeller, Verdict
 from treadle.alignment.iterate import Compare, PairsOf, WinRate
 from treadle.alignment.preferences import Preferences
 from treadle.core.errors import TreadleError
@@ -54,7 +54,7 @@ class Backwards(Labeller):
     """Calls the worse answer better, half sure."""
 
     def __call__(self, comparisons, problems, workspace):
-        found = ByVerifier()(comparisons, problems, workspace)
+        found = ByMarks()(comparisons, problems, workspace)
         return [Verdict(0.5 - (v.first_better - 0.5) / 2, bias=0.25) for v in found]
 
 
@@ -145,7 +145,7 @@ def test_verifiers_tie_and_nothing_decided_is_an_error(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path, tmp_path, Pipeline(name="p", steps=()))
     pairs = [("ab", "1"), ("1", "ab"), ("a", "b")]
     comparisons = [Comparison(problems.problem(0), a, b) for a, b in pairs]
-    verdicts = ByVerifier()(comparisons, problems, workspace)
+    verdicts = ByMarks()(comparisons, problems, workspace)
     assert [v.first_better for v in verdicts] == [1.0, 0.0, 0.5]
     flat = compare(problems=IteratedLetters(flat=True), count=4)
     with pytest.raises(TreadleError, match=r"label-1: none of \d+ comparisons was decided"):

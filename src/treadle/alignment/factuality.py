@@ -32,67 +32,13 @@ CARD = Card(
     oracle="tests/alignment/test_alignment_factuality.py::test_planted_claims_are_told_apart",
 )
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
-_WORD = re.compile(r"[\w'-]+")
+_WORD = re.compile(r"\w[\w'-]*")
 _DENIALS = frozenset(["not", "no", "never", "none", "nor", "neither", "cannot", "without"])
-_LIGHT = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "of",
-        "in",
-        "on",
-        "at",
-        "to",
-        "for",
-        "from",
-        "by",
-        "with",
-        "as",
-        "is",
-        "are",
-        "was",
-        "were",
-        "be",
-        "been",
-        "being",
-        "it",
-        "its",
-        "this",
-        "that",
-        "these",
-        "those",
-        "and",
-        "or",
-        "but",
-        "which",
-        "who",
-        "whom",
-        "whose",
-        "has",
-        "have",
-        "had",
-        "do",
-        "does",
-        "did",
-        "there",
-        "their",
-        "his",
-        "her",
-        "he",
-        "she",
-        "they",
-        "them",
-        "also",
-        "than",
-        "then",
-        "so",
-        "such",
-        "i",
-        "you",
-        "we",
-    ]
-)
+_LIGHT = """
+a an the of in on at to for from by with as is are was were be been being it its this that
+these those and or but which who whom whose has have had do does did there their his her
+he she they them also than then so such i you we
+"""
 K1, B = 1.5, 0.75
 
 
@@ -140,7 +86,9 @@ def claim_of(sentence: str) -> Claim:
     names = {w.lower() for w in raw[1:] if w[0].isupper() and w != "I"}
     numbers = {w for w in low if any(c.isdigit() for c in w)}
     denials = sum(w in _DENIALS or w.endswith("n't") for w in low)
-    words = {stem(w) for w in low if w not in _LIGHT | _DENIALS and not w.endswith("n't")}
+    words = {
+        stem(w) for w in low if w not in _DENIALS.union(_LIGHT.split()) and not w.endswith("n't")
+    }
     return Claim(frozenset(words), frozenset(map(stem, names | numbers)), denials % 2 == 1)
 
 

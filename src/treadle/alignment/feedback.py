@@ -6,6 +6,9 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pydantic import Field
+
+from treadle.alignment.scoring import require_sound, scorer
 from treadle.core.config import Config
 from treadle.core.pipeline import Workspace
 from treadle.data.problems import Problems
@@ -29,6 +32,8 @@ class Verdict:
     """Probability that the first answer is the better one; 1/2 is a tie."""
     bias: float | None = None
     """Log-odds that its place alone gave to the answer shown first, where that was measured."""
+    failure: str = ""
+    """Why there is no verdict; it is a tie then."""
 
 
 class Labeller(Config):
@@ -41,14 +46,30 @@ class Labeller(Config):
         """A verdict on each, in order."""
 
 
-class ByVerifier(Labeller):
+class ByMarks(Labeller):
     """The answer with the higher marks is better; equal marks are a tie."""
+
+    patience: float = Field(10.0, gt=0.0)
+    """Seconds after which the verifier is given up."""
 
     def __call__(
         self, comparisons: Sequence[Comparison], problems: Problems, workspace: Workspace
     ) -> list[Verdict]:
+        """Raises TreadleError where the verifier failed for every answer."""
+        score = scorer(problems, None, self.patience)
+        found = [(score(c.problem, c.first), score(c.problem, c.second)) for c in comparisons]
+        require_sound([s for pair in found for s in pair])
         verdicts = []
-        for c in comparisons:
-            first, second = (problems.score(c.problem, text) for text in (c.first, c.second))
-            verdicts.append(Verdict(0.5 if first == second else float(first > second)))
+        for first, second in found:
+            failure = first.failure or second.failure
+            tie = failure or first.value == second.value
+            better = 0.5 if tie else float(first.value > second.value)
+            verdicts.append(Verdict(better, failure=failure))
         return verdicts
+
+
+def asked(problem: Problem) -> str:
+    """What a judge is shown of the conversation before the answer: all of it."""
+    if len(problem.prompt) == 1:
+        return problem.prompt[0].content
+    return "\n\n".join(f"{m.role}: {m.content}" for m in problem.prompt)

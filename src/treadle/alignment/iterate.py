@@ -11,25 +11,25 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import Field
 
-from treadle.alignment.feedback import ByVerifier, Comparison, Labeller, Verdict
+from treadle.alignment.feedback import ByMarks, Comparison, Labeller, Verdict
 from treadle.alignment.preferences import PairFiles, Pairs
 from treadle.core.cards import Card
 from treadle.core.errors import TreadleError
-from treadle.core.files import write_text
+from treadle.core.files import write_json, write_text
 from treadle.core.pipeline import Reads, Step, Workspace
 from treadle.core.results import EVALUATION, accuracy
 from treadle.data.problems import Problems
 from treadle.data.records import Preference, Problem
 from treadle.data.split import LeakFreeSplit
 from treadle.inference.engine import Engine, EngineConfig
-from treadle.inference.request import Request
+from treadle.inference.reasoning.strategy import Ask, Thinker
 from treadle.inference.sampling import Sampling
 from treadle.models.source import ModelSource
-from treadle.tokenizers.chat import encode_prompt
 from treadle.tokenizers.load import tokenizer_of
 
 CARD = Card(
@@ -71,14 +71,14 @@ class Compare(Step):
     completions: int = Field(4, ge=2)
     """Answers to each problem; neighbours are compared."""
     sampling: Sampling = Sampling(max_tokens=112)
-    labeller: Labeller = ByVerifier()
+    labeller: Labeller = ByMarks()
 
     def execute(self, workspace: Workspace) -> Mapping[str, Any]:
         problems = [self.problems.problem(self.first + i) for i in range(self.count)]
         answers = sampled(self.model, problems, self.sampling, self.completions, workspace)
         comparisons = [
             Comparison(problem, a, b)
-            for problem, texts in zip(problems, answers, strict=True)
+            for problem, texts in zip(problems, answers.texts, strict=True)
             for a, b in zip(texts[::2], texts[1::2], strict=False)
             if a.strip() != b.strip() and a.strip() and b.strip()
         ]
@@ -89,9 +89,10 @@ class Compare(Step):
             if not math.isclose(v.first_better, 0.5)
         ]
         if not rows:
+            why = next((f" ({v.failure})" for v in verdicts if v.failure), "")
             raise TreadleError(
-                f"{self.name}: none of {len(comparisons)} comparisons was decided: sample hotter, "
-                "take more problems, or another labeller"
+                f"{self.name}: none of {len(comparisons)} comparisons was decided{why}: sample "
+                "hotter, take more problems, or another labeller"
             )
         write_text(workspace.folder / PAIRS, "".join(json.dumps(r) + "\n" for r in rows))
         return {
@@ -99,7 +100,8 @@ class Compare(Step):
             "compared": len(comparisons),
             "decided": len(rows),
             "same_or_empty": self.count * (self.completions // 2) - len(comparisons),
-            **place_bias(verdicts),
+            "prompts_too_long": answers.too_long,
+            **judged(verdicts),
         }
 
 
@@ -113,15 +115,16 @@ class WinRate(Step):
     problems: Problems
     count: int = Field(64, ge=1)
     sampling: Sampling = Sampling(max_tokens=112)
-    labeller: Labeller = ByVerifier()
+    labeller: Labeller = ByMarks()
 
     def execute(self, workspace: Workspace) -> Mapping[str, Any]:
         problems = [self.problems.problem(i) for i in range(self.count)]
-        mine, theirs = (
-            [row[0] for row in sampled(m, problems, self.sampling, 1, workspace)]
-            for m in (self.model, self.against)
-        )
-        comparisons = [Comparison(*row) for row in zip(problems, mine, theirs, strict=True)]
+        mine = sampled(self.model, problems, self.sampling, 1, workspace, "mine")
+        theirs = sampled(self.against, problems, self.sampling, 1, workspace, "theirs")
+        comparisons = [
+            Comparison(problem, a, b)
+            for problem, (a,), (b,) in zip(problems, mine.texts, theirs.texts, strict=True)
+        ]
         verdicts = self.labeller(comparisons, self.problems, workspace)
         wins = [v.first_better for v in verdicts]
         return {
@@ -130,8 +133,17 @@ class WinRate(Step):
             "results": {"win rate": accuracy(wins)},
             "tokens_per_second": None,
             "size_bytes": None,
-            **place_bias(verdicts),
+            **judged(verdicts),
         }
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model said to each of several problems."""
+
+    texts: list[list[str]]
+    too_long: int
+    """Problems whose prompt fills the context; their answers are empty."""
 
 
 def sampled(
@@ -140,26 +152,32 @@ def sampled(
     sampling: Sampling,
     completions: int,
     workspace: Workspace,
-) -> list[list[str]]:
-    """Texts of so many completions for each problem."""
+    what: str = "answers",
+) -> Answers:
+    """So many completions for each problem, kept in `what`.json: labels of an interrupted step
+    stay labels of what they were given for."""
+    path = workspace.folder / f"{what}.json"
+    if not path.is_file():
+        thinker = opened_thinker(source, workspace, slots=max(SLOTS, completions))
+        asks = [Ask(i, tuple(m.plain() for m in p.prompt)) for i, p in enumerate(problems)]
+        found = [[c.text for c in row] for row in thinker.ask(asks, sampling, completions)]
+        write_json(path, {"texts": found, "too_long": thinker.overflows})
+    return Answers(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def opened_thinker(source: ModelSource, workspace: Workspace, slots: int = SLOTS) -> Thinker:
+    """A model that is asked for whole texts."""
     opened = source.open(workspace)
-    tokenizer = tokenizer_of(opened)
-    engine = Engine(opened.model.eval(), tokenizer, EngineConfig(slots=max(SLOTS, completions)))
-    requests = [
-        Request(
-            tuple(encode_prompt(tokenizer, [m.plain() for m in problem.prompt])),
-            sampling.replace(seed=sampling.seed + i),
-            n=completions,
-        )
-        for i, problem in enumerate(problems)
-    ]
-    return [[c.text for c in row] for row in engine.generate(requests)]
+    engine = Engine(opened.model.eval(), tokenizer_of(opened), EngineConfig(slots=slots))
+    return Thinker(engine, extract=lambda text: text)
 
 
-def place_bias(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """Mean log-odds that the first place gave, where it was measured."""
+def judged(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """How many comparisons got no verdict, and the mean log-odds that the first place gave, where
+    that was measured."""
     found = [v.bias for v in verdicts if v.bias is not None]
-    return {"position_bias": sum(found) / len(found)} if found else {}
+    bias = {"position_bias": sum(found) / len(found)} if found else {}
+    return {"verdicts_failed": float(sum(bool(v.failure) for v in verdicts)), **bias}
 
 
 def _row(comparison: Comparison, verdict: Verdict) -> dict[str, Any]:

@@ -3,7 +3,7 @@
     l_12 = log p(A) - log p(B), the first answer shown as A;     l_21, the second shown as A
     d = (l_12 - l_21) / 2        how much better the first is
     b = (l_12 + l_21) / 2        what being shown as A is worth: the position bias
-    P(first better) = sigmoid(d / T)
+    P(first better) = sigmoid(d / T),     reported bias b / T
 
 If l = +-d + b, as in the model of Bradley and Terry with an advantage of place, d is free of b
 whatever b is. Lee et al. 2023, RLAIF, arXiv:2309.00267; Zheng et al. 2023, arXiv:2306.05685.
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from pydantic import Field
 
-from treadle.alignment.feedback import Comparison, Labeller, Verdict
+from treadle.alignment.feedback import Comparison, Labeller, Verdict, asked
 from treadle.core.cards import Card
 from treadle.core.errors import TreadleError
 from treadle.core.pipeline import Workspace
@@ -66,36 +66,44 @@ class ByJudge(Labeller):
     def __call__(
         self, comparisons: Sequence[Comparison], problems: Problems, workspace: Workspace
     ) -> list[Verdict]:
-        """Raises TreadleError where the question does not fit the judge's context."""
+        return self.by_principles(comparisons, [self.principle] * len(comparisons), workspace)
+
+    def by_principles(
+        self, comparisons: Sequence[Comparison], principles: Sequence[str], workspace: Workspace
+    ) -> list[Verdict]:
+        """Verdicts, each by a principle of its own; a question that does not fit the judge's
+        context has none."""
         opened = self.model.open(workspace)
         model, tokenizer = opened.model.eval(), tokenizer_of(opened)
         prompts = [
-            encode_prompt(tokenizer, [{"role": "user", "content": self.question(c, *pair)}])
-            for c in comparisons
+            encode_prompt(tokenizer, [{"role": "user", "content": question(principle, c, *pair)}])
+            for c, principle in zip(comparisons, principles, strict=True)
             for pair in ((c.first, c.second), (c.second, c.first))
         ]
-        longest = max(map(len, prompts), default=0)
-        if longest > model.config.context:
-            raise TreadleError(
-                f"ByJudge: a question has {longest} tokens, the judge's context is "
-                f"{model.config.context}: let answers be shorter"
-            )
-        odds = preference_odds(model, tokenizer, prompts, self.tokens)
-        pairs = zip(odds[::2], odds[1::2], strict=True)
-        return [verdict(first, second, self.temperature) for first, second in pairs]
+        context = model.config.context
+        long = {i // 2 for i, p in enumerate(prompts) if len(p) > context}
+        odds = preference_odds(
+            model, tokenizer, [p for i, p in enumerate(prompts) if i // 2 not in long], self.tokens
+        )
+        told = iter(zip(odds[::2], odds[1::2], strict=True))
+        failure = f"the question does not fit the judge's context of {context} tokens"
+        return [
+            Verdict(0.5, failure=failure) if i in long else verdict(*next(told), self.temperature)
+            for i in range(len(comparisons))
+        ]
 
-    def question(self, comparison: Comparison, a: str, b: str) -> str:
-        asked = comparison.problem.prompt[-1].content
-        # One pass over the template: what stands in an answer is never filled in again.
-        parts = {"principle": self.principle, "question": asked, "a": a, "b": b}
-        return QUESTION.format_map(parts)
+
+def question(principle: str, comparison: Comparison, a: str, b: str) -> str:
+    # One pass over the template: what stands in an answer is never filled in again.
+    parts = {"principle": principle, "question": asked(comparison.problem), "a": a, "b": b}
+    return QUESTION.format_map(parts)
 
 
 def verdict(shown_first: float, shown_second: float, temperature: float) -> Verdict:
     """From the log-odds of the answer shown as A, when that is the first and when the second."""
-    better = (shown_first - shown_second) / 2
-    bias = (shown_first + shown_second) / 2
-    return Verdict(1 / (1 + math.exp(-max(-60.0, min(60.0, better / temperature)))), bias)
+    better = (shown_first - shown_second) / 2 / temperature
+    bias = (shown_first + shown_second) / 2 / temperature
+    return Verdict(1 / (1 + math.exp(-max(-60.0, min(60.0, better)))), bias)
 
 
 @torch.inference_mode()
@@ -105,7 +113,7 @@ def preference_odds(
     """log p(A) - log p(B) of the next token after each prompt.
 
     Raises:
-        TreadleError: A and B begin with the same token.
+        TreadleError: A and B begin with the same token, or the model's numbers are not finite.
     """
     a, b = (tokenizer.encode(letter, parse_special=False)[0] for letter in "AB")
     if a == b:
@@ -118,4 +126,6 @@ def preference_odds(
         ends = torch.tensor([layout.span(i)[-1] for i in range(len(run))])
         logits = model.logits(hidden[ends]).float()
         odds += (logits[:, a] - logits[:, b]).tolist()
+    if not all(map(math.isfinite, odds)):
+        raise TreadleError("ByJudge: the judge's log-odds are not finite: its weights are broken")
     return odds

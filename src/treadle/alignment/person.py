@@ -12,38 +12,25 @@ import random
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from treadle.alignment.feedback import Comparison, Labeller, Verdict
+from treadle.alignment.feedback import Comparison, Labeller, Verdict, asked
 from treadle.core.errors import TreadleError
+from treadle.core.files import write_text
 from treadle.core.pipeline import Workspace
 from treadle.data.problems import Problems
 
 LABELS = "labels.jsonl"
 CHOICES = {"left": 1.0, "right": 0.0, "same": 0.5}
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Which is better?</title>
-<style>body{font:16px/1.5 system-ui;max-width:70rem;margin:2rem auto;padding:0 1rem}
-pre{white-space:pre-wrap;background:#f4f4f2;padding:1rem;border-radius:6px;margin:0}
-.two{display:grid;grid-template-columns:1fr 1fr;gap:1rem}button{font:inherit;padding:.5rem 1rem}
-@media(prefers-color-scheme:dark){body{background:#181818;color:#eee}pre{background:#282828}}</style>
-<h1>Which is better?</h1><p id="place" aria-live="polite"></p><pre id="question"></pre>
-<div class="two"><div><h2>Left</h2><pre id="left"></pre></div><div><h2>Right</h2><pre id="right">
-</pre></div></div><p><button id="choose-left">Left (1)</button> <button id="choose-same">Same (2)
-</button> <button id="choose-right">Right (3)</button></p><script>
-let number=null;const at=id=>document.getElementById(id);
-async function show(){const r=await (await fetch("next")).json();number=r.number;
-for(const id of["question","left","right"])at(id).textContent=r[id]??"";
-at("place").textContent=number===null?"All done. Thank you.":`${r.done+1} of ${r.total}`;
-for(const c of["left","same","right"])at("choose-"+c).disabled=number===null}
-async function choose(choice){if(number===null)return;const n=number;number=null;
-await fetch("label",{method:"POST",headers:{"Content-Type":"application/json"},
-body:JSON.stringify({number:n,choice})});await show()}
-for(const c of["left","same","right"])at("choose-"+c).onclick=()=>choose(c);
-onkeydown=e=>{const c={1:"left",2:"same",3:"right"}[e.key];if(c)choose(c)};show()</script></html>"""
+PAGE = "person.html"
+LONGEST = 4096
+"""Bytes of a label that is sent."""
 
 
 class ByPerson(Labeller):
@@ -98,8 +85,11 @@ class Desk:
         draw = random.Random(seed)
         self.turned = [draw.random() < 0.5 for _ in comparisons]
         self.finished, self.lock = threading.Event(), threading.Lock()
+        """Set when the page has been told that all is done."""
         self.first_better = read_labels(path, comparisons)
-        self._look()
+        # A line that a kill tore would swallow the next one.
+        write_text(path, "".join(self._row(i, v) for i, v in self.first_better.items()))
+        self.look()
 
     @property
     def done(self) -> int:
@@ -110,7 +100,7 @@ class Desk:
         for number, c in enumerate(self.comparisons):
             if number not in self.first_better:
                 left, right = (c.second, c.first) if self.turned[number] else (c.first, c.second)
-                return Shown(number, self.done, total, c.problem.prompt[-1].content, left, right)
+                return Shown(number, self.done, total, asked(c.problem), left, right)
         return Shown(None, self.done, total)
 
     def label(self, number: int, choice: str) -> None:
@@ -122,19 +112,21 @@ class Desk:
                 return
             left = CHOICES[choice]
             better = 1 - left if self.turned[number] else left
-            comparison = self.comparisons[number]
-            row = {"first": comparison.first, "second": comparison.second, "number": number}
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**row, "first_better": better}) + "\n")
+                file.write(self._row(number, better))
                 file.flush()
                 os.fsync(file.fileno())
             self.first_better[number] = better
-        self._look()
 
     def verdicts(self) -> list[Verdict]:
         return [Verdict(self.first_better[i]) for i in range(len(self.comparisons))]
 
-    def _look(self) -> None:
+    def _row(self, number: int, first_better: float) -> str:
+        c = self.comparisons[number]
+        row = {"first": c.first, "second": c.second, "number": number}
+        return json.dumps({**row, "first_better": first_better}) + "\n"
+
+    def look(self) -> None:
         if self.done == len(self.comparisons):
             self.finished.set()
 
@@ -158,11 +150,16 @@ def read_labels(path: Path, comparisons: Sequence[Comparison]) -> dict[int, floa
     return found
 
 
+@cache
+def page() -> bytes:
+    return files(__package__).joinpath(PAGE).read_bytes()
+
+
 def _handler(desk: Desk) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             if self.path == "/":
-                self._answer(200, PAGE.encode(), "text/html; charset=utf-8")
+                self._answer(200, page(), "text/html; charset=utf-8")
             elif self.path == "/next":
                 self._json(200, asdict(desk.shown()))
             else:
@@ -174,12 +171,20 @@ def _handler(desk: Desk) -> type[BaseHTTPRequestHandler]:
                 self._json(404, {"error": "there is nothing here"})
                 return
             try:
-                sent = json.loads(self.rfile.read(min(int(self.headers["Content-Length"]), 4096)))
+                sent = json.loads(self._body())
                 desk.label(sent["number"], sent["choice"])
             except (ValueError, KeyError, TypeError) as error:
                 self._json(400, {"error": str(error)})
                 return
-            self._json(200, {"done": desk.done})
+            self._json(200, asdict(desk.shown()))
+            desk.look()
+
+        def _body(self) -> bytes:
+            """Raises ValueError where it has no sound length."""
+            length = int(self.headers["Content-Length"] or 0)
+            if not 0 < length <= LONGEST:
+                raise ValueError(f"a label has 1 to {LONGEST} bytes")
+            return self.rfile.read(length)
 
         def _json(self, status: int, value: dict[str, Any]) -> None:
             self._answer(status, json.dumps(value).encode(), "application/json")

@@ -1,13 +1,14 @@
-"""A model revises its own answers by a constitution, and learns from what it made of them."""
+"""A model revises its answers by a constitution and learns from that; then it judges its answers by
+the same constitution and learns from its verdicts."""
 
 from __future__ import annotations
 
-from treadle.alignment.constitution import Revise
+from treadle.alignment.constitution import ByConstitution, ConstitutionOf, Revise, Violations
 from treadle.alignment.instructions import FollowInstructions
-from treadle.alignment.iterate import PairsOf
+from treadle.alignment.iterate import Compare, PairsOf
 from treadle.alignment.preferences import Preferences
 from treadle.core.pipeline import Pipeline
-from treadle.models.source import Pretrained
+from treadle.models.source import ModelSource, Pretrained
 from treadle.objectives.dpo import DPO
 from treadle.optim.adamw import AdamW
 from treadle.optim.schedules import Cosine
@@ -15,6 +16,8 @@ from treadle.peft.lora import LoRA
 from treadle.reports.report import Report
 from treadle.train.fit import Fit
 from treadle.train.run import Run, Trained
+
+RULES = ConstitutionOf(step="revise")
 
 
 def constitution() -> Pipeline:
@@ -27,7 +30,7 @@ def constitution() -> Pipeline:
         minutes=2.0,
     )
     train = Run(
-        name="train",
+        name="revised",
         model=base,
         transforms=(LoRA(rank=16),),
         source=Preferences(pairs=PairsOf(step="revise"), per_step=16),
@@ -37,5 +40,30 @@ def constitution() -> Pipeline:
         fit=Fit(steps=12),
         minutes=3.0,
     )
-    again = revise.replace(name="measure", model=Trained(step="train"))
-    return Pipeline(name="constitution", steps=(revise, train, again, Report()))
+    label = Compare(
+        name="label",
+        model=Trained(step="revised"),
+        problems=FollowInstructions(seed=1),
+        labeller=ByConstitution(constitution=RULES),
+        minutes=2.0,
+    )
+    again = train.replace(
+        name="preferred",
+        model=Trained(step="revised"),
+        transforms=(),
+        source=Preferences(pairs=PairsOf(step="label"), per_step=16),
+    )
+    measured = (kept("base", base), kept("revised"), kept("preferred"))
+    steps = (revise, measured[0], train, measured[1], label, again, measured[2], Report())
+    return Pipeline(name="constitution", steps=steps)
+
+
+def kept(subject: str, model: ModelSource | None = None) -> Violations:
+    """Questions that no stage was trained on."""
+    return Violations(
+        name=f"measure-{subject}",
+        model=model or Trained(step=subject),
+        subject=subject,
+        problems=FollowInstructions(held_out=True),
+        constitution=RULES,
+    )
