@@ -28,11 +28,12 @@ OVERALL = "overall"
 Z95 = 1.959963984540054
 """Two-sided 95% of the normal distribution."""
 
-Unit = Literal["accuracy", "score", "perplexity", "bits/byte"]
+Unit = Literal["accuracy", "score", "perplexity", "bits/byte", "tokens", "nats"]
 """accuracy: share of problems answered right, 0 to 1, or the mean of scores in that range;
 score: any other number of which more is better; perplexity: exp of the mean negative
 log-probability of a token; bits/byte: the same in bits, over the bytes of the text, so that
-different tokenizers compare."""
+different tokenizers compare; tokens: a length; nats: a distance between distributions. Of the last
+two neither more nor less is better by itself."""
 
 
 class Figure(TypedDict):
