@@ -128,6 +128,4 @@ def padded(tables: list[list[int]], starts: list[int], page: int, width: int = 0
     """Tables of sequences whose new tokens stand at `starts`, as wide as the longest needs."""
     needed = [start // page + 1 for start in starts]
     width = max(width, *needed)
-    return torch.tensor(
-        [t[:n] + t[:1] * (width - n) for t, n in zip(tables, needed, strict=True)]
-    )
+    return torch.tensor([t[:n] + t[:1] * (width - n) for t, n in zip(tables, needed, strict=True)])
