@@ -12,7 +12,13 @@ import typer
 from treadle.cli.chat import Device, MaxTokens, Model, Seed, Temperature, TopP
 from treadle.cli.command import Command
 from treadle.cli.kinds import CacheKind, DraftKind, limits_of
-from treadle.cli.parallel import Experts, TensorParallel, engine_over, told_of_experts
+from treadle.cli.parallel import (
+    Experts,
+    TensorParallel,
+    engine_over,
+    told_of_experts,
+    told_of_guesses,
+)
 from treadle.cli.voice import on_torch
 
 
@@ -112,6 +118,8 @@ def generate(
             answers = engine.generate(requests)
         if experts is not None:
             told_of_experts(engine)
+        if engine.verified:
+            told_of_guesses(engine)
     told = [(r.adapter, c) for r, answer in zip(requests, answers, strict=True) for c in answer]
     for name, completion in told:
         if as_json:
