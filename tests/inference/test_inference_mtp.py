@@ -120,5 +120,9 @@ def test_models_that_cannot_guess_are_named() -> None:
         engine(with_heads(ChainedBlock()), MTPHeads())
     with pytest.raises(ConfigError, match="tokens=4, but the model has 3 heads"):
         engine(with_heads(MedusaHead()), MTPHeads(tokens=4))
+    compiled = TorchRunner(with_heads(MedusaHead()), pages=8, page=16)
+    compiled.advance = compiled.run  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match="a compiled step keeps to itself"):
+        MTPHeads().open(compiled, byte_tokenizer())
     with pytest.raises(TreadleError, match="plain torch, not Elsewhere: take NGram"):
         MTPHeads().open(Elsewhere(), byte_tokenizer())

@@ -17,12 +17,11 @@ import torch
 from treadle.core.config import to_yaml
 from treadle.core.errors import ConfigError, TreadleError, did_you_mean
 from treadle.inference.blocks import Blocks
-from treadle.inference.contiguous import Contiguous
 from treadle.inference.detokenizer import Detokenizer
 from treadle.inference.draw import draw
 from treadle.inference.guesses import Guesses
 from treadle.inference.limits import EngineConfig as EngineConfig
-from treadle.inference.paged_memory import Paged, pages_for
+from treadle.inference.paged_memory import pages_for
 from treadle.inference.planned import batch_of
 from treadle.inference.prefix_folder import PrefixFolder, fingerprint
 from treadle.inference.read import read
@@ -33,7 +32,6 @@ from treadle.inference.sequence import Active
 from treadle.inference.speculative import Guesser
 from treadle.inference.torch_runner import TorchRunner
 from treadle.models.decoder import DecoderModel
-from treadle.peft.prefix import prefix_of
 from treadle.tokenizers.tokenizer import Tokenizer
 
 
@@ -49,8 +47,10 @@ class Engine:
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         pages = pages_for(model, config.slots, config.cache_tokens)
-        cache = config.cache or (Paged() if prefix_of(model) is None else Contiguous())
-        runner = TorchRunner(model, pages=pages, cache=cache, autocast=autocast)
+        cache = config.cache or config.decode.cache(model)
+        runner = TorchRunner(
+            model, pages=pages, cache=cache, autocast=autocast, decode=config.decode
+        )
         kept = to_yaml(cache)
         mark = fingerprint(model, runner.page, autocast, kept) if config.prefix_folder else ""
         self._open(runner, tokenizer, config, mark)

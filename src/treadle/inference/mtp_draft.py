@@ -47,6 +47,11 @@ class MTPHeads(Draft):
                 f"MTPHeads needs a model in plain torch, not {type(runner).__name__}: take NGram, "
                 "or --device cpu"
             )
+        if runner.advance is not None:
+            raise ConfigError(
+                "MTPHeads guesses from hidden states, which a compiled step keeps to itself: "
+                "leave EngineConfig.decode (--decode) out"
+            )
         heads = heads_of(runner.model)
         if heads is None:
             raise ConfigError(

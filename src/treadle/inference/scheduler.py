@@ -146,6 +146,7 @@ class Scheduler:
         for sequence in list(self.running):
             self._preempt(sequence)
         self.blocks.forget()
+        self.runner.forget()
 
     def _admit(self, sequence: Active, budget: int) -> bool:
         """Move the first that waits to those that run, if there is room for all of it."""
