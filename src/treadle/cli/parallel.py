@@ -82,6 +82,16 @@ def told_of_experts(engine: Engine) -> None:
     typer.secho(f"({found} of {asked} experts were in memory)", dim=True, err=True)
 
 
+def told_of_guesses(engine: Engine) -> None:
+    """Say on standard error how many guesses were right, and what a pass gave for them."""
+    right, passes = engine.accepted, engine.verified
+    typer.secho(
+        f"({right} of {engine.guessed} guesses were right: {1 + right / passes:.2f} tokens a pass)",
+        dim=True,
+        err=True,
+    )
+
+
 def _offloaded(
     target: str, device: str, limits: EngineConfig, processes: int, experts: int
 ) -> Engine:

@@ -37,6 +37,8 @@ class TorchRunner(Runner):
         self.lasting = self.memory.lasting
         self.refusal = cannot_write(model)
         self.device = model.embedding.weight.device
+        self.hidden = torch.empty(0, model.config.dim)
+        """Of the last pass: final hidden states of the tokens whose logits it gave."""
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Float[Tensor, "N V"]:
@@ -51,6 +53,7 @@ class TorchRunner(Runner):
             wanted = self._wanted(batch, order)
             if wanted != list(range(len(tokens))):
                 hidden = hidden[wanted]
+            self.hidden = hidden
             with self._routed(batch, list(range(len(order))), batch.outputs):
                 return self.model.logits(hidden).float()
 
