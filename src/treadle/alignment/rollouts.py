@@ -22,6 +22,7 @@ from treadle.alignment.frozen import NoPolicyReference, PolicyReference
 from treadle.alignment.rewards import Reward
 from treadle.alignment.samplers import OwnWeights, Sampler
 from treadle.alignment.scoring import Scored, require_sound, reward_metrics, scorer
+from treadle.alignment.watch import signs
 from treadle.core.errors import TreadleError
 from treadle.data.batch import Piece, assemble, within_budget
 from treadle.data.problems import Problems
@@ -188,6 +189,7 @@ class RolloutStream(Stream):
             "prompts_too_long": float(self.too_long),
             "completion_tokens": sum(lengths) / len(lengths),
             "cut_off": sum(c.finish == "length" for c in completions) / len(completions),
+            **signs([g.completions for g in groups], [g.rewards for g in groups]),
             **reward_metrics([s for g in groups for s in g.scores]),
         }
 
