@@ -39,6 +39,14 @@ def serve(
     trial_log: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Votes and figures of trials go here.")
     ] = None,
+    route: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FILE",
+            help="A model name that means the adapter which a prompt is for, by examples: JSON "
+            "lines of `adapter` and `prompt`.",
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(help="0.0.0.0 for the whole network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     key: Annotated[
@@ -74,8 +82,10 @@ def serve(
     _need_extra()
     import asyncio
 
+    from treadle.core.errors import TreadleError
     from treadle.serving.app import build
     from treadle.serving.config import Limits, Serve
+    from treadle.serving.route import parse_route
     from treadle.serving.run import listen
     from treadle.serving.run import serve as serve_app
     from treadle.serving.trial import parse_trial
@@ -94,10 +104,13 @@ def serve(
     offers = offers_of(models, adapter or [], device, limits)
     shown = host if ":" not in host else f"[{host}]"
     if replicas > 1:
+        if route:
+            raise TreadleError("replicas know no routes: leave out --replicas or --route")
         _replicated(offers, config, replicas, trial, f"http://{shown}:{port}")
         return
     trials = [parse_trial(text) for text in trial or ()]
-    app = build(offers, config, trials=trials, trial_log=trial_log)
+    routes = [parse_route(text) for text in route or ()]
+    app = build(offers, config, trials=trials, trial_log=trial_log, routes=routes)
     listener = listen(config)
     url = f"http://{shown}:{listener.getsockname()[1]}"
 
@@ -174,6 +187,8 @@ COMMAND = Command(
         "treadle serve smollm2-135m-instruct",
         "treadle serve runs/quickstart small=smollm2-135m-instruct --port 9000",
         "treadle serve smollm2-135m-instruct --adapter polite=adapters/a --adapter sql=adapters/b",
+        "treadle serve smollm2-135m-instruct --adapter a=adapters/a --adapter b=adapters/b "
+        "--route auto=examples.jsonl",
         "treadle serve smollm2-135m-instruct --replicas 2",
         "treadle serve new=runs/a old=runs/b --trial duel=new:old --trial-log votes.jsonl",
     ),

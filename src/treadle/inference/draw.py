@@ -19,26 +19,22 @@ def draw(
     logits: Float[Tensor, "N V"],
     stops: Collection[int],
     context: int,
-) -> int:
-    """Tokens for sequences whose logits begin at `rows`; more where a guess was right.
-
-    Returns how many guesses were.
-    """
-    drawn, accepted = list(zip(sequences, rows, strict=True)), 0
+) -> None:
+    """Tokens for sequences whose logits begin at `rows`; more where a guess was right."""
+    drawn = list(zip(sequences, rows, strict=True))
     while drawn:
         rows = [row for _, row in drawn]
         every = rows == list(range(len(logits)))
         _sample([s for s, _ in drawn], logits if every else logits[rows], stops, context)
         right = []
-        for sequence, row in drawn:
-            going = sequence.finish is None and sequence.draft
-            if going and sequence.draft.pop(0) == sequence.tokens[-1]:
+        for sequence, _ in drawn:
+            behind = None
+            if sequence.finish is None:
+                behind = sequence.guesses.follow(sequence.tokens[-1])
+            if behind is not None:
                 sequence.computed += 1
-                right.append((sequence, row + 1))
-        drawn, accepted = right, accepted + len(right)
-    for sequence in sequences:
-        sequence.draft = []
-    return accepted
+                right.append((sequence, behind))
+        drawn = right
 
 
 def _sample(

@@ -73,6 +73,10 @@ class Runner(ABC):
         """This sequence is gone, or begins anew."""
         return
 
+    def forget(self) -> None:
+        """The weights have changed; what pages hold is not asked for again."""
+        return
+
     @abstractmethod
     def copy(self, source: int, target: int) -> None:
         """Copy a page, for a sequence that goes its own way from here."""

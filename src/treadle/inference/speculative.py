@@ -8,14 +8,20 @@ plain decoding, whoever guesses:
     look-up       what followed when these tokens occurred before            P(accept) = p(guess)
     a model       its own draw by the same random number, which agrees more often than not where
                   the two distributions are near (a coupling of p and q)
+
+Several continuations of one text are a tree: see `guesses.py`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Annotated
 
+import torch
+from jaxtyping import Float
 from pydantic import Field
+from torch import Tensor
 
 from treadle.core.cards import Card
 from treadle.core.config import Config
@@ -32,12 +38,16 @@ CARD = Card(
 )
 
 
+Width = Annotated[int, Field(ge=1)]
+"""How many tokens a path tries in one place."""
+
+
 class Guesser(ABC):
     """Guesses for the sequences of one engine."""
 
     @abstractmethod
-    def guess(self, sequences: Sequence[Active], most: Sequence[int]) -> list[list[int]]:
-        """For each at most so many tokens that may follow; empty where there are none."""
+    def guess(self, sequences: Sequence[Active], most: Sequence[int]) -> list[list[list[int]]]:
+        """For each some continuations, the likeliest first, of at most so many tokens."""
 
     def forget(self) -> None:
         """Weights have changed."""
@@ -57,36 +67,49 @@ class Draft(Config):
 
 
 class NGram(Draft):
-    """What followed the last occurrence of the text's last n tokens."""
+    """What followed the last occurrences of the text's last n tokens."""
 
     longest: int = Field(3, ge=1)
     """Tokens that must agree, where possible; fewer down to `shortest`."""
     shortest: int = Field(2, ge=1)
     tokens: int = Field(4, ge=1)
     """Guesses at a time."""
+    branches: int = Field(1, ge=1)
+    """Occurrences that were followed by different tokens, all checked in one pass."""
     reach: int = Field(2048, ge=1)
     """How many tokens back to look."""
 
     def open(self, runner: Runner, tokenizer: Tokenizer) -> Guesser:
         return LookUp(self)
 
-    def after(self, tokens: Sequence[int]) -> list[int]:
-        """What may follow these tokens."""
+    def after(self, tokens: Sequence[int]) -> list[list[int]]:
+        """What may follow these tokens: as many continuations as `branches`, or fewer."""
         seen = list(tokens[-self.reach :])
+        found: list[list[int]] = []
         for size in range(min(self.longest, len(seen) - 1), self.shortest - 1, -1):
             tail = seen[-size:]
             for at in range(len(seen) - size - 1, -1, -1):
                 if seen[at] == tail[0] and seen[at : at + size] == tail:
-                    return seen[at + size : at + size + self.tokens]
-        return []
+                    next_ = seen[at + size : at + size + self.tokens]
+                    if not any(next_ == other[: len(next_)] for other in found):
+                        found.append(next_)
+                        if len(found) == self.branches:
+                            return found
+        return found
 
 
 class LookUp(Guesser):
     def __init__(self, draft: NGram) -> None:
         self.draft = draft
 
-    def guess(self, sequences: Sequence[Active], most: Sequence[int]) -> list[list[int]]:
+    def guess(self, sequences: Sequence[Active], most: Sequence[int]) -> list[list[list[int]]]:
         return [
-            self.draft.after(s.slice(0, s.length))[:count]
+            [path[:count] for path in self.draft.after(s.slice(0, s.length))]
             for s, count in zip(sequences, most, strict=True)
         ]
+
+
+def alternatives(logits: Float[Tensor, " V"], drawn: int, count: int) -> list[int]:
+    """The drawn token and the likeliest others: what the target may draw instead."""
+    likely = torch.topk(logits, min(count, len(logits))).indices.tolist()
+    return [drawn, *(token for token in likely if token != drawn)][:count]

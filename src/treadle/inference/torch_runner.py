@@ -11,13 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from treadle.inference.cache import Cache
-from treadle.inference.paged_memory import Paged
+from treadle.inference.decode import Decode, Eager
 from treadle.inference.runner import Batch, Name, Runner
 from treadle.models.decoder import DecoderModel, cannot_write
 
 
 class TorchRunner(Runner):
-    """A decoder with `pages` pages of `page` tokens, kept as `cache` says."""
+    """A decoder with `pages` pages of `page` tokens, kept as `cache` says, or as fits `decode`."""
 
     def __init__(
         self,
@@ -25,12 +25,14 @@ class TorchRunner(Runner):
         *,
         pages: int,
         page: int = 16,
-        cache: Cache = Paged(),
+        cache: Cache | None = None,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+        decode: Decode = Eager(),
     ) -> None:
         self.model, self.autocast = model, autocast
         self.page, self.pages = page, pages
-        self.memory = cache.build(model, pages=pages, page=page)
+        self.memory = (cache or decode.cache(model)).build(model, pages=pages, page=page)
+        self.advance = decode.build(model, self.memory, autocast)
         self.vocab, self.context = model.config.vocab, self.memory.context
         self.lasting = self.memory.lasting
         self.refusal = cannot_write(model)
@@ -38,6 +40,8 @@ class TorchRunner(Runner):
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Float[Tensor, "N V"]:
+        if self.advance is not None and self.advance.takes(batch):
+            return self.advance(batch)
         order, context = self.memory.arrange(batch)
         firsts = list(accumulate(batch.counts, initial=0))
         tokens = [t for i in order for t in batch.tokens[firsts[i] : firsts[i + 1]]]
@@ -68,6 +72,10 @@ class TorchRunner(Runner):
 
     def end(self, name: Name) -> None:
         self.memory.end(name)
+
+    def forget(self) -> None:
+        if self.advance is not None:
+            self.advance.forget()
 
     def copy(self, source: int, target: int) -> None:
         self.memory.copy(source, target)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -15,12 +14,11 @@ from torch import Tensor
 
 from treadle.core.errors import TreadleError, did_you_mean
 from treadle.inference.adapters import CannotShareError
-from treadle.inference.attach import attach, detach
+from treadle.inference.attach import attach, beside, detach
 from treadle.inference.engine import Engine
 from treadle.inference.native_runner import NativeRunner
 from treadle.inference.torch_runner import TorchRunner
 from treadle.models.decoder import DecoderModel
-from treadle.peft.files import load_adapter
 from treadle.serving.config import Serve
 from treadle.serving.errors import ApiError, unavailable, unknown_model
 from treadle.serving.metrics import Metrics
@@ -190,7 +188,7 @@ class Pool:
         if isinstance(offer, Base):
             return await asyncio.to_thread(offer.open)
         async with self.use(offer.base) as base:
-            return await base.call(partial(_adapted, folder=offer.folder))
+            return await base.call(partial(beside, folder=offer.folder))
 
     def _make_room(self, kept: _Entry) -> None:
         """Unload idle models, the least recently used first, until the rest fits."""
@@ -229,28 +227,22 @@ class Pool:
         self._ending = [w for w in (*self._ending, worker) if w.alive]
 
 
-def runner_of(engine: Engine) -> TorchRunner:
+def runner_of(engine: Engine, lack: str = "gives text only") -> TorchRunner:
     """The runner behind an engine, with its model.
+
+    Args:
+        lack: what the other runners do not give, for the message.
 
     Raises:
         ApiError: the engine runs it in a form of its own.
     """
     if isinstance(engine.runner, TorchRunner):
         return engine.runner
-    raise ApiError(400, "this model is served in a form that gives text only", code="text_only")
-
-
-def _adapted(base: Engine, folder: str) -> Engine:
-    """An engine with the adapter on it; the base's weights are shared, not copied.
-
-    To be called between the base's passes: what is copied must not be at work.
-    """
-    runner = runner_of(base)
-    plain = runner.model if runner.adapters is None else runner.adapters.plain
-    shared = {id(tensor): tensor for tensor in _tensors(plain)}
-    model: DecoderModel = load_adapter(copy.deepcopy(plain, shared), folder)
-    model.requires_grad_(False).eval()
-    return Engine(model, base.tokenizer, base.config, autocast=runner.autocast)
+    message = (
+        f"this model runs in a form that {lack} ({type(engine.runner).__name__}): start the "
+        "server with `--device cpu` (or `cuda`), and without `--tensor-parallel`"
+    )
+    raise ApiError(400, message, code="text_only")
 
 
 def _tensors(model: DecoderModel) -> Iterator[Tensor]:
