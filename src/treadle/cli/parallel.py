@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from treadle.cli.models import open_model, source_of
+from treadle.cli.numbers import Numbers
 from treadle.cli.voice import NATIVE, engine_of, on_torch
 
 if TYPE_CHECKING:
@@ -51,22 +52,25 @@ def engine_over(
     *,
     processes: int = 1,
     experts: int | None = None,
+    numbers: Numbers = Numbers(),
 ) -> Iterator[Engine]:
     """An engine with the model that `target` names; in processes but the first, an exit.
 
     Args:
         processes: that hold a part of the model each.
         experts: of each layer that are kept in memory; None: all.
+        numbers: of the weights, in one process that holds them all.
 
     Raises:
         TreadleError: there is no such model or device, it cannot be cut, torchrun did not start as
             many processes, or the model has no experts that could stay in its file.
     """
+    check_whole(limits, numbers, whole=processes == 1 and experts is None)
     if experts is not None:
         yield _offloaded(target, device, limits, processes, experts)
         return
     if processes == 1:
-        yield engine_of(target, device, limits)
+        yield engine_of(target, device, limits, numbers)
         return
     with crew_over(target, device, limits, processes) as crew:
         engine = crew.open()
@@ -210,6 +214,19 @@ def _end(child: subprocess.Popen[bytes]) -> None:
         child.wait(PATIENCE)
     except subprocess.TimeoutExpired:
         child.kill()
+
+
+def check_whole(limits: EngineConfig, numbers: Numbers, *, whole: bool) -> None:
+    """Raises TreadleError where number formats or a way to decode are asked of a part."""
+    from treadle.core.errors import TreadleError
+    from treadle.inference.decode import Eager
+
+    if whole or (not numbers.given and isinstance(limits.decode, Eager)):
+        return
+    raise TreadleError(
+        "--dtype, --quantize and --decode are for a model that one process holds whole: leave them "
+        "out, or --tensor-parallel and --experts"
+    )
 
 
 def told_of_experts(engine: Engine) -> None:
