@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
-from tiny_generation import byte_tokenizer, tiny_model, variants
-from torch._dynamo.testing import CompileCounter
+from tiny_generation import byte_tokenizer, variants
 
-from treadle.core.errors import ConfigError, TreadleError
 from treadle.inference.advance import Ready
 from treadle.inference.cuda_graphs import Recorder
-from treadle.inference.decode import Compiled, Eager, Graphs, recorded
+from treadle.inference.decode import Eager, recorded
 from treadle.inference.engine import Engine, EngineConfig
-from treadle.inference.paged_memory import Paged, PagesOnly
-from treadle.inference.quantised import Quantised
+from treadle.inference.paged_memory import PagesOnly
 from treadle.inference.request import Request
 from treadle.inference.sampling import Sampling
-from treadle.inference.torch_runner import TorchRunner
-from treadle.models.decoder import swap
-from treadle.nn.rope import RoPE
-from treadle.nn.rope_scaling import DynamicNTK
 
 PROMPTS = [3, 17, 5, 31, 2, 9, 26, 4]
 

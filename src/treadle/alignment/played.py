@@ -73,7 +73,10 @@ class Lane:
 
     @property
     def rewards(self) -> list[float]:
-        return [seat.reward for seat in self.seats]
+        """One that never spoke stands at the mean of those that did: it moves no advantage."""
+        spoke = [seat.reward for seat in self.seats if seat.logprobs]
+        mean = sum(spoke) / len(spoke)
+        return [seat.reward if seat.logprobs else mean for seat in self.seats]
 
     @property
     def size(self) -> int:
@@ -156,13 +159,13 @@ class PlayedStream(Stream):
 
 
 def lanes_of(episodes: list[Episode], copies: int) -> list[Lane]:
-    """Of each problem and seat its plays; a seat that somewhere never spoke is left out."""
+    """Of each problem and seat its plays, where it spoke in more than one of them."""
     lanes = []
     for start in range(0, len(episodes), copies):
         group = episodes[start : start + copies]
         for place in range(len(group[0].seats)):
             seats = tuple(e.seats[place] for e in group)
-            if all(seat.logprobs for seat in seats):
+            if sum(bool(seat.logprobs) for seat in seats) > 1:
                 lanes.append(Lane(seats))
     return lanes
 
@@ -174,8 +177,9 @@ def lanes_batch(
     trees: dict[tuple[int, ...], list[Answer]] = {}
     for lane, row in zip(lanes, advantages, strict=True):
         for seat, advantage in zip(lane.seats, row, strict=True):
-            answer = Answer(seat.tokens, seat.learned, seat.logprobs, advantage)
-            trees.setdefault(seat.prompt, []).append(answer)
+            if seat.logprobs:
+                answer = Answer(seat.tokens, seat.learned, seat.logprobs, advantage)
+                trees.setdefault(seat.prompt, []).append(answer)
     return answers_batch(list(trees.items()), temperature)
 
 

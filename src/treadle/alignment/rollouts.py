@@ -22,8 +22,10 @@ from treadle.alignment.frozen import NoPolicyReference, PolicyReference
 from treadle.alignment.rewards import Reward
 from treadle.alignment.samplers import OwnWeights, Sampler
 from treadle.alignment.scoring import Scored, require_sound, reward_metrics, scorer
+from treadle.alignment.trees import assemble_trees, extended
+from treadle.alignment.watch import signs
 from treadle.core.errors import TreadleError
-from treadle.data.batch import Piece, assemble, within_budget
+from treadle.data.batch import Piece, within_budget
 from treadle.data.problems import Problems
 from treadle.data.records import Problem
 from treadle.data.source import Env, Limit, Source, Stream, Work
@@ -210,6 +212,7 @@ class RolloutStream(Stream):
             "completion_tokens": sum(lengths) / len(lengths),
             "empty": sum(not c.text.strip() for c in completions) / len(completions),
             "cut_off": sum(c.finish == "length" for c in completions) / len(completions),
+            **signs([g.completions for g in groups], [g.rewards for g in groups]),
             **reward_metrics([s for g in groups for s in g.scores]),
         }
 
@@ -230,26 +233,49 @@ def prompt_tokens(env: Env, problem: Problem) -> tuple[int, ...]:
 
 def policy_batch(groups: Sequence[Group], advantages: Tensor, temperature: float) -> PolicyBatch:
     """Prompt and completions of each group as a tree; every completion token is learned."""
-    pieces: list[Piece] = []
-    values: list[float] = []
-    behaviour: list[float] = []
-    for group, row in zip(groups, advantages.tolist(), strict=True):
-        root = len(pieces)
-        pieces.append(Piece(group.prompt, [False] * len(group.prompt)))
-        for completion, advantage in zip(group.completions, row, strict=True):
-            pieces.append(Piece(completion.tokens, [True] * len(completion.tokens), root))
-            values += [advantage] * len(completion.tokens)
-            behaviour += completion.logprobs
-    batch = assemble(pieces)
-    return PolicyBatch(
-        tokens=batch.tokens,
-        layout=batch.layout,
-        sources=batch.sources,
-        targets=batch.targets,
-        weights=batch.weights,
-        sequences=batch.sequences,
-        sequence_count=batch.sequence_count,
-        advantages=torch.tensor(values),
-        behaviour=torch.tensor(behaviour),
+    trees = [
+        (
+            group.prompt,
+            [
+                Answer(c.tokens, [True] * len(c.tokens), c.logprobs, advantage)
+                for c, advantage in zip(group.completions, row, strict=True)
+            ],
+        )
+        for group, row in zip(groups, advantages.tolist(), strict=True)
+    ]
+    return answers_batch(trees, temperature)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What follows a prompt: the policy's tokens, and between them perhaps others."""
+
+    tokens: Sequence[int]
+    learned: Sequence[bool]
+    """Which tokens are the policy's."""
+    logprobs: Sequence[float]
+    """Of these, when they were sampled."""
+    advantage: float
+
+
+def answers_batch(
+    trees: Sequence[tuple[Sequence[int], Sequence[Answer]]], temperature: float
+) -> PolicyBatch:
+    """Each prompt once, with its answers as branches."""
+    answers = [a for _, branches in trees for a in branches]
+    batch = assemble_trees(
+        [
+            [
+                Piece(prompt, [False] * len(prompt)),
+                *(Piece(a.tokens, a.learned, parent=0) for a in branches),
+            ]
+            for prompt, branches in trees
+        ]
+    )
+    return extended(
+        PolicyBatch,
+        batch,
+        advantages=torch.tensor([a.advantage for a in answers for _ in a.logprobs]),
+        behaviour=torch.tensor([p for a in answers for p in a.logprobs]),
         temperature=temperature,
     )

@@ -18,14 +18,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from treadle.alignment.episodes import Environment, Heard, Play
 from treadle.alignment.sandbox import run_python
+from treadle.alignment.scoring import OvertimeError
 from treadle.alignment.verify.tool_calls import tool_calls
 from treadle.core.cards import Card
 from treadle.core.config import Config
-from treadle.core.errors import ConfigError, TreadleError, did_you_mean
+from treadle.core.errors import TreadleError, did_you_mean
 from treadle.data.problems import Problems
 from treadle.data.records import Messages, Problem
 
@@ -139,10 +140,12 @@ class WithTools(Environment):
     told: bool = True
     """Whether the prompt says which tools there are and how they are called."""
 
-    def model_post_init(self, context: Any) -> None:
+    @model_validator(mode="after")
+    def _names_differ(self) -> WithTools:
         names = [tool.name() for tool in self.tools]
         if len(set(names)) < len(names):
-            raise ConfigError(f"WithTools: two tools have one name in {names}; leave one out")
+            raise ValueError(f"two tools have one name in {names}: leave one out")
+        return self
 
     def openings(self, index: int) -> tuple[Messages, ...]:
         return (self.put(self.problems.problem(index)).prompt,)
@@ -192,6 +195,8 @@ class ToolPlay(Play):
                 told = f"{type(error).__name__}: {error}"[:LONGEST]
                 results.append(f"error: {told}")
                 failure = f"tool `{call['name']}`: {told}"
+                if isinstance(error, OvertimeError):
+                    break  # nobody would interrupt the next one
         return _answered(results, failure)
 
     def _call(self, call: Mapping[str, Any]) -> str:
