@@ -85,7 +85,8 @@ def crew_over(target: str, device: str, limits: EngineConfig, processes: int) ->
     """What opens a model over several processes; in those but the first, an exit.
 
     Raises:
-        TreadleError: as `engine_over`; or a process ended before its time.
+        TreadleError: as `engine_over`.
+        Exit: a process ended before its time, which was said.
     """
     from treadle.core.errors import TreadleError
     from treadle.inference.paged_memory import Paged
@@ -170,13 +171,7 @@ class _Others:
 
 @contextmanager
 def _others(processes: int) -> Iterator[None]:
-    """The other processes of this command, unless torchrun started them.
-
-    Raises:
-        TreadleError: one ended before its time.
-    """
-    from treadle.core.errors import TreadleError
-
+    """The other processes of this command, unless torchrun started them."""
     if "WORLD_SIZE" in os.environ:
         yield
         return
@@ -206,7 +201,7 @@ def _others(processes: int) -> Iterator[None]:
         for child in others.children:
             _end(child)
     if others.lost:
-        raise TreadleError(others.lost)
+        raise typer.Exit(1)
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
