@@ -206,7 +206,7 @@ def test_each_seat_learns_from_its_own_payoff(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer().with_template(TEMPLATE)
     env = Env(model=tiny_model(), tokenizer=tokenizer, scratch=tmp_path)
     source = self_play().replace(
-        environment=Whispers(), sampling=Sampling(max_tokens=4, stop=SMALL)
+        environment=Whispers(), sampling=Sampling(max_tokens=40, stop=SMALL)
     )
     episodes = source.open(env).roll()
     lanes = lanes_of(episodes, 8)
