@@ -11,6 +11,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before anything imports Triton: kernels for GPUs are run by its interpreter.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 COLLECTED = pytest.StashKey[set[str]]()
 

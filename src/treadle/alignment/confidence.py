@@ -68,9 +68,7 @@ class Stated(Confidence):
         tree: Callable[[int], Tree],
         tokens: int,
     ) -> Float[Tensor, " P"] | None:
-        if all(p.confidence is None for p in pairs):
-            return None
-        return torch.tensor([1.0 if p.confidence is None else p.confidence for p in pairs])
+        return confidences_of(pairs)
 
 
 class CrossFitted(Confidence):
@@ -97,6 +95,13 @@ class CrossFitted(Confidence):
         features = differences(env, [tree(i) for i in numbers], tokens)
         d = held_out_margins(features, self.folds, self.ridge)
         return posterior(calibrated(d, self.flipped), self.flipped).float()
+
+
+def confidences_of(pairs: Sequence[Preference]) -> Float[Tensor, " P"] | None:
+    """What the data say; None where they say nothing of any pair."""
+    if all(p.confidence is None for p in pairs):
+        return None
+    return torch.tensor([1.0 if p.confidence is None else p.confidence for p in pairs])
 
 
 @torch.no_grad()

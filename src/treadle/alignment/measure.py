@@ -92,8 +92,9 @@ class MeasurePreferences(Step):
         model = opened.model.eval().requires_grad_(False)
         precision.prepare(model)
         env = Env(model=model, tokenizer=tokenizer_of(opened), scratch=workspace.folder)
-        tree = partial(pair_tree, env, self.pairs, self.longest)
-        count = min(self.limit, self.pairs.count())
+        pairs = self.pairs.resolve(workspace)
+        tree = partial(pair_tree, env, pairs, self.longest)
+        count = min(self.limit, pairs.count())
         kept = usable(count, tree, workspace.folder / "left_out.json", "pair")
         trees = [tree(i) for i in kept]
         rows = []

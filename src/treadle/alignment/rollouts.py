@@ -23,6 +23,7 @@ from treadle.alignment.rewards import Reward
 from treadle.alignment.samplers import OwnWeights, Sampler
 from treadle.alignment.scoring import Scored, require_sound, reward_metrics, scorer
 from treadle.alignment.trees import assemble_trees, extended
+from treadle.alignment.watch import signs
 from treadle.core.errors import TreadleError
 from treadle.data.batch import Piece, within_budget
 from treadle.data.problems import Problems
@@ -212,6 +213,7 @@ class RolloutStream(Stream):
             "repetition": sum(repetition(c.tokens) for c in completions) / len(completions),
             "empty": sum(not c.text.strip() for c in completions) / len(completions),
             "cut_off": sum(c.finish == "length" for c in completions) / len(completions),
+            **signs([g.completions for g in groups], [g.rewards for g in groups]),
             **reward_metrics([s for g in groups for s in g.scores]),
         }
 

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from treadle.core.config import Config
 from treadle.inference.cache import Cache
+from treadle.inference.decode import Decode, Eager
 from treadle.inference.speculative import Draft
 
 
@@ -20,8 +21,10 @@ class EngineConfig(Config):
     """Tokens whose keys and values are kept; None: what the slots can need, but at most a quarter
     of the machine's memory."""
     cache: Cache | None = None
-    """How they are kept, where plain torch runs the model; None: Paged, or Contiguous behind a
-    learned prefix."""
+    """How they are kept, where plain torch runs the model; None: Paged, Contiguous behind a
+    learned prefix, or what `decode` needs."""
+    decode: Decode = Eager()
+    """How plain torch runs passes in which every sequence writes a token."""
     queue: int | None = Field(None, ge=1)
     """Requests that may wait; None: any number."""
     adapters: int = Field(8, ge=1)

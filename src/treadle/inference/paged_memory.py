@@ -18,6 +18,7 @@ from treadle.core.cards import Card
 from treadle.core.errors import ConfigError
 from treadle.inference.cache import Cache
 from treadle.inference.memory import Memory
+from treadle.inference.page_attention import Direct, PageAttention, TorchPages, padded
 from treadle.inference.paged import Decoding, Extended, Pass, Shapes
 from treadle.inference.pages import Pages, PlainPages
 from treadle.inference.rows import Rows
@@ -53,8 +54,21 @@ class Gathered(Cache):
         return PagedMemory(model, PlainPages(page, pages, model.embedding.weight.device), None)
 
 
+class PagesOnly(Cache):
+    """The same without rows: what decodes attends to pages where they lie, so that keys and values
+    are in memory once."""
+
+    attention: PageAttention = TorchPages()
+
+    def build(self, model: DecoderModel, *, pages: int, page: int) -> PagedMemory:
+        store = PlainPages(page, pages, model.embedding.weight.device)
+        self.attention.check(store)
+        return PagedMemory(model, store, None, self.attention)
+
+
 class PagedMemory(Memory):
-    """Pages, and rows in front of them unless every pass is to see what pages hold.
+    """Pages, and what tokens that decode attend by: rows in front of the pages, or the pages.
+    Neither: every token sees what pages hold, those of a fresh prompt too.
 
     Raises:
         ConfigError: the model has a learned prefix.
@@ -62,12 +76,18 @@ class PagedMemory(Memory):
 
     lasting = True
 
-    def __init__(self, model: DecoderModel, store: Pages, rows: Rows | None) -> None:
+    def __init__(
+        self,
+        model: DecoderModel,
+        store: Pages,
+        rows: Rows | None,
+        attention: PageAttention | None = None,
+    ) -> None:
         if prefix_of(model) is not None:
             raise ConfigError(
                 "the model has a learned prefix, which pages do not hold: use the Contiguous cache"
             )
-        self.store, self.rows = store, rows
+        self.store, self.rows, self.attention = store, rows, attention
         self.page, self.device, self.context = store.page, store.device, model.config.context
 
     @property
@@ -76,14 +96,14 @@ class PagedMemory(Memory):
 
     def arrange(self, batch: Batch) -> tuple[list[int], Context]:
         everyone = list(range(len(batch.starts)))
-        if self.rows is None:
+        if self.rows is None and self.attention is None:
             fresh, extended, decoding = [], everyone, []
         else:
             fresh = [i for i in everyone if batch.starts[i] == 0]
             later = [i for i in everyone if batch.starts[i] > 0]
             extended = [i for i in later if batch.counts[i] > 1]
             decoding = [i for i in later if batch.counts[i] == 1]
-        self._announce(batch, fresh + extended, decoding)
+        self.announce(batch, fresh + extended, decoding)
         if self.rows is not None and decoding:
             rows = self.rows.assign(
                 [batch.tables[i] for i in decoding], [batch.starts[i] for i in decoding]
@@ -99,11 +119,11 @@ class PagedMemory(Memory):
         if extended:
             part = self._extended(batch, extended)
             context.add(part, len(part.positions))
-        if self.rows is not None and decoding:
-            context.add(self._decoding(batch, decoding, self.rows), len(decoding))
+        if decoding:
+            context.add(self._decoding(batch, decoding), len(decoding))
         return order, context
 
-    def _announce(self, batch: Batch, runs: list[int], decoding: list[int]) -> None:
+    def announce(self, batch: Batch, runs: list[int], decoding: list[int]) -> None:
         """Make room for the pages that are written, and forget the rows that hold old contents."""
         changed: set[int] = set()
         for i in runs:
@@ -145,7 +165,15 @@ class PagedMemory(Memory):
         longest = int(positions.max()) + 1
         return Extended(positions, longest, self.store, starts, counts, tables)
 
-    def _decoding(self, batch: Batch, members: list[int], front: Rows) -> Decoding:
+    def _decoding(self, batch: Batch, members: list[int]) -> Context:
+        if self.rows is not None:
+            return self._in_rows(batch, members, self.rows)
+        assert self.attention is not None, "without rows somebody reads pages"
+        starts = [batch.starts[i] for i in members]
+        tables = padded([batch.tables[i] for i in members], starts, self.page).to(self.device)
+        return Direct(self._tensor(starts), max(starts) + 1, self.store, tables, self.attention)
+
+    def _in_rows(self, batch: Batch, members: list[int], front: Rows) -> Decoding:
         """The rows' new tokens, and the older ones that rows have yet to take over from pages."""
         rows, old, places = [], [], []
         for row, i in enumerate(members):

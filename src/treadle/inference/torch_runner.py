@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from treadle.inference.cache import Cache
-from treadle.inference.paged_memory import Paged
+from treadle.inference.decode import Decode, Eager
 from treadle.inference.runner import Batch, Name, Runner
 from treadle.models.decoder import DecoderModel, cannot_write
 
 
 class TorchRunner(Runner):
-    """A decoder with `pages` pages of `page` tokens, kept as `cache` says."""
+    """A decoder with `pages` pages of `page` tokens, kept as `cache` says, or as fits `decode`."""
 
     def __init__(
         self,
@@ -25,19 +25,25 @@ class TorchRunner(Runner):
         *,
         pages: int,
         page: int = 16,
-        cache: Cache = Paged(),
+        cache: Cache | None = None,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+        decode: Decode = Eager(),
     ) -> None:
         self.model, self.autocast = model, autocast
         self.page, self.pages = page, pages
-        self.memory = cache.build(model, pages=pages, page=page)
+        self.memory = (cache or decode.cache(model)).build(model, pages=pages, page=page)
+        self.advance = decode.build(model, self.memory, autocast)
         self.vocab, self.context = model.config.vocab, self.memory.context
         self.lasting = self.memory.lasting
         self.refusal = cannot_write(model)
         self.device = model.embedding.weight.device
+        self.hidden = torch.empty(0, model.config.dim)
+        """Of the last pass: final hidden states of the tokens whose logits it gave."""
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Float[Tensor, "N V"]:
+        if self.advance is not None and self.advance.takes(batch):
+            return self.advance(batch)
         order, context = self.memory.arrange(batch)
         firsts = list(accumulate(batch.counts, initial=0))
         tokens = [t for i in order for t in batch.tokens[firsts[i] : firsts[i + 1]]]
@@ -47,6 +53,7 @@ class TorchRunner(Runner):
             wanted = self._wanted(batch, order)
             if wanted != list(range(len(tokens))):
                 hidden = hidden[wanted]
+            self.hidden = hidden
             with self._routed(batch, list(range(len(order))), batch.outputs):
                 return self.model.logits(hidden).float()
 
@@ -63,11 +70,20 @@ class TorchRunner(Runner):
         end = dict(zip(order, accumulate(batch.counts[i] for i in order), strict=True))
         return [t for i, count in enumerate(batch.outputs) for t in range(end[i] - count, end[i])]
 
+    def weights(self) -> dict[int, int]:
+        tensors = chain(self.model.parameters(), self.model.buffers())
+        storages = (tensor.untyped_storage() for tensor in tensors)
+        return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
     def fork(self, name: Name, other: Name) -> None:
         self.memory.fork(name, other)
 
     def end(self, name: Name) -> None:
         self.memory.end(name)
+
+    def forget(self) -> None:
+        if self.advance is not None:
+            self.advance.forget()
 
     def copy(self, source: int, target: int) -> None:
         self.memory.copy(source, target)

@@ -27,6 +27,8 @@ def rotary(
     x: Float[Tensor, "N H D"], cos: Float[Tensor, "N 1 R"], sin: Float[Tensor, "N 1 R"]
 ) -> Float[Tensor, "N H D"]:
     """`rotary_reference` with a backward of its own; `cos` and `sin` get no gradient."""
+    if torch.compiler.is_compiling():  # which refuses to write into views, and fuses the halves
+        return rotary_reference(x, cos, sin)
     y: Tensor = _Rotary.apply(x, cos, sin)
     return y
 

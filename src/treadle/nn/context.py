@@ -38,6 +38,8 @@ class Context(ABC):
 
     def once(self, key: Hashable, compute: Callable[[], T]) -> T:
         """`compute()` at the first layer that asks, the same value for all others."""
+        if torch.compiler.is_compiling():  # which cannot hash a Config, and fuses what is repeated
+            return compute()
         if key not in self._shared:
             self._shared[key] = compute()
         value: T = self._shared[key]
