@@ -11,7 +11,13 @@ from alignment.test_alignment_accepted import Low, model_that_ends, said
 from tiny_generation import END, byte_tokenizer
 
 from treadle.alignment.reasoning_gym import Family, ReasoningGym
-from treadle.alignment.reviewed import Critique, Reviewed, ReviewedStream, Verdict, first_mistake
+from treadle.alignment.reviewed import (
+    LearnCritique,
+    LearnVerdict,
+    Reviewed,
+    ReviewedStream,
+    first_mistake,
+)
 from treadle.alignment.rollouts import Rollouts
 from treadle.alignment.worked_solutions import worked_solution
 from treadle.core.errors import TreadleError
@@ -43,7 +49,7 @@ def env(model: DecoderModel, folder: Path) -> Env:
 
 def stream(tmp_path: Path, groups: list[list[str]], **changes) -> ReviewedStream:
     rollouts = Rollouts(problems=Low(), prompts=2, completions=4)
-    config = Reviewed(rollouts=rollouts, **{"lesson": Verdict(), "per_step": 4, **changes})
+    config = Reviewed(rollouts=rollouts, **{"lesson": LearnVerdict(), "per_step": 4, **changes})
     made = config.open(env(model_that_ends(), tmp_path))
     made.rollouts.sample = lambda requests: [said(group) for group in groups]
     return made
@@ -101,12 +107,12 @@ def test_critiques_name_the_first_mistake() -> None:
     lines = solution.splitlines()
     assert len(lines) > 2
     wrong = "\n".join([lines[0], "1 = 2", *lines[2:]])
-    critique, refined = Critique()(problem, wrong, right=False)
+    critique, refined = LearnCritique()(problem, wrong, right=False)
     first = (*problem.prompt, assistant(wrong), user(strategy.critique))
     found = assistant(f"Line 2 is wrong: 1 = 2\nRight is: {lines[1]}")
     assert critique.messages == (*first, found)
     assert refined.messages == (*first, found, user(strategy.refine), assistant(solution))
-    (praise,) = Critique()(problem, solution, right=True)
+    (praise,) = LearnCritique()(problem, solution, right=True)
     assert praise.messages[-1] == assistant("No mistakes.")
     assert strategy.content in praise.messages[-1].content.lower(), "which ends the rounds"
 
@@ -123,7 +129,7 @@ def test_a_model_learns_to_tell(tmp_path: Path) -> None:
     model, plan = model_that_ends(), SingleProcess()
     rollouts = Rollouts(problems=Low(), prompts=8, completions=8)
     world, random = env(model, tmp_path), Random(0)
-    made = Reviewed(rollouts=rollouts, lesson=Verdict(ask="?"), per_step=16).open(world)
+    made = Reviewed(rollouts=rollouts, lesson=LearnVerdict(ask="?"), per_step=16).open(world)
 
     def attempts(requests: object) -> list[list[Completion]]:
         """Not the model's own: it would soon answer every question as it answers `ask`."""

@@ -59,7 +59,7 @@ class Lesson(Config):
         """Conversations whose last turns are learned."""
 
 
-class Verdict(Lesson):
+class LearnVerdict(Lesson):
     """Whether the attempt is right, as `ByVerdict` asks for it."""
 
     ask: str = ASK
@@ -69,7 +69,7 @@ class Verdict(Lesson):
         return (Chat((*said, assistant(YES if right else NO))),)
 
 
-class Critique(Lesson):
+class LearnCritique(Lesson):
     """The first mistake and a right solution, as `CritiqueAndRefine` asks for them.
 
     Problems must have worked solutions: a mistake is where the attempt first leaves them.

@@ -13,7 +13,13 @@ import typer
 from treadle.cli.chat import Device, MaxTokens, Model, Seed, Temperature, TopP
 from treadle.cli.command import Command
 from treadle.cli.kinds import CacheKind, DraftKind, limits_of
-from treadle.cli.parallel import Experts, TensorParallel, engine_over, told_of_experts
+from treadle.cli.parallel import (
+    Experts,
+    TensorParallel,
+    engine_over,
+    told_of_experts,
+    told_of_guesses,
+)
 from treadle.cli.voice import on_torch
 
 
@@ -126,6 +132,8 @@ def generate(
             ]
         if experts is not None:
             told_of_experts(engine)
+        if engine.verified:
+            told_of_guesses(engine)
     names: list[str | None] = [*folders] or [None]
     told = [(name, c) for name, answer in zip(names, answers, strict=True) for c in answer]
     for name, completion in told:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from treadle.alignment.reasoning_gym import ReasoningGym
-from treadle.alignment.reviewed import Lesson, Reviewed, Verdict
+from treadle.alignment.reviewed import LearnVerdict, Lesson, Reviewed
 from treadle.alignment.rollouts import Rollouts
 from treadle.core.pipeline import Pipeline
 from treadle.evals.evaluate import Exam
@@ -34,7 +34,7 @@ def verification() -> Pipeline:
         BestOfN(n=4, sampling=VARIED),
         BestOfN(n=4, sampling=VARIED, by=ByVerdict()),
     )
-    return self_checking("verification", Verdict(), strategies)
+    return self_checking("verification", LearnVerdict(), strategies)
 
 
 def self_checking(name: str, lesson: Lesson, strategies: tuple[Strategy, ...]) -> Pipeline:

@@ -214,6 +214,7 @@ class Worker:
                     command = self._commands.get()
                     if command is None:
                         self._fail(unavailable("the model is being unloaded", "unloaded"))
+                        self.engine.runner.close()
                         return
                     command()
                 self._step()
