@@ -1,3 +1,3 @@
-.PHONY: quickstart test slow lint fix setup hooks
-quickstart test slow lint fix setup hooks:
+.PHONY: quickstart test slow lint fix docs setup hooks
+quickstart test slow lint fix docs setup hooks:
 	@python3 scripts/dev.py $@

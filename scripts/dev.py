@@ -7,6 +7,7 @@
     python3 scripts/dev.py lint         format, lint, types, rooms, ratchet, pages
     python3 scripts/dev.py fix          format, mend what can be mended, write pages anew
     python3 scripts/dev.py setup        make the environment only
+    python3 scripts/dev.py docs         the documentation as a site, a page for each technique
     python3 scripts/dev.py hooks        run `lint` before each commit
 
 Further arguments go to the program behind a command: `dev.py test tests/peft -x`.
@@ -64,7 +65,7 @@ def main(arguments: list[str]) -> int:
         setup(rest[0] if rest else "dev")
         say(f"ready: {BIN / 'treadle'} --help")
         return 0
-    if command not in ("test", "slow", "lint", "fix", "hooks"):
+    if command not in ("test", "slow", "lint", "fix", "docs", "hooks"):
         print(__doc__.strip())
         return 0 if command in ("help", "-h", "--help") else 2
     if command == "lint" and (unknown := set(rest) - set(LINTERS)):
@@ -74,6 +75,8 @@ def main(arguments: list[str]) -> int:
         return lint(rest or list(LINTERS))
     if command == "hooks":
         return run([BIN / "prek", "install", *rest])
+    if command == "docs":
+        return run([PYTHON, ROOT / "scripts" / "docs_site.py", *rest])
     if command == "fix":
         run([BIN / "ruff", "check", "--fix", "--quiet", "."])
         run([PYTHON, ROOT / "scripts" / "techniques_page.py"])

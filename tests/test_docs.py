@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from treadle.cli.app import COMMANDS, build
 from treadle.cli.targets import load_any, presets, recipe_files
+from treadle.core.cards import read_cards
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -79,3 +81,21 @@ def test_the_example_technique_of_contributing_works(tmp_path: Path) -> None:
         check=False,
     )
     assert "1 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_site_has_a_page_for_each_technique(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its card, its fields and its source; every link of a page leads to a page."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    site = importlib.import_module("docs_site")
+    monkeypatch.setattr(site, "PAGES", tmp_path / "docs")
+    site.write_pages()
+    pages = {page.stem: page.read_text(encoding="utf-8") for page in tmp_path.rglob("ft.*.md")}
+    assert set(pages) == {card.id for card in read_cards() if card.id.startswith("ft.")}
+    assert "| `rank` | `int` | `16` |" in pages["ft.lora"]
+    assert "y = W x + s B A x" in pages["ft.lora"]
+    assert "def test_matches_peft(" in pages["ft.lora"]
+    for page in tmp_path.glob("docs/*.md"):
+        for target in LINK.findall(page.read_text(encoding="utf-8")):
+            assert "://" in target or (page.parent / target).is_file(), (page.name, target)

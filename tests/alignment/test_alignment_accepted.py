@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_generation import END, byte_tokenizer, tiny_model
 
-from treadle.alignment.accepted import Accepted, Hint, with_hint
+from treadle.alignment.accepted import Accepted, Agreeing, Hint, with_hint
 from treadle.alignment.rollouts import Rollouts
 from treadle.core.errors import TreadleError
 from treadle.data.problems import Problems
 from treadle.data.records import Problem, user
 from treadle.data.source import Env
+from treadle.inference.request import Completion
 from treadle.inference.sampling import Sampling
 from treadle.models.decoder import DecoderModel
 from treadle.objectives.causal import CausalLM
@@ -98,6 +100,39 @@ def test_only_accepted_samples_are_trained(tmp_path: Path) -> None:
     assert all(prompt.startswith("u:q") for prompt in seen)
 
 
+def said(texts: Sequence[str]) -> list[Completion]:
+    encode = byte_tokenizer().encode
+    return [Completion(tuple(encode(t)), t, (-0.5,) * len(t), "stop") for t in texts]
+
+
+def test_the_majority_is_learned(tmp_path: Path) -> None:
+    """Right or wrong; of a group that does not agree nothing is."""
+    groups = [
+        ("x Answer: 7", "y Answer: 7", "<think>Answer: 8</think>Answer: 7", "Answer: 8"),
+        ("Answer: 1", "Answer: 2", "Answer: 3", "none"),
+        ("none", "none", "none", "Answer: 4"),
+    ]
+    rollouts = Rollouts(problems=Low(), prompts=3, completions=4)
+    stream = Accepted(rollouts=rollouts, accept=Agreeing(share=0.75), keep=4, per_step=3).open(
+        env(model_that_ends(), tmp_path)
+    )
+    stream.rollouts.sample = lambda requests: [said(group) for group in groups]
+    work = next(stream)
+    assert [answer for _, answer in texts(work)] == list(groups[0][:3])
+    assert work.metrics["accepted"] == 3 / 12
+    assert work.metrics["accepted_reward"] == 1.0, "which the verifier only reports"
+    wrong = Accepted(rollouts=rollouts.replace(problems=Low(bound=0)), accept=Agreeing(share=0.75))
+    stream = wrong.open(env(model_that_ends(), tmp_path))
+    stream.rollouts.sample = lambda requests: [said(group) for group in groups]
+    work = next(stream)
+    assert len(texts(work)) == 2, "keep"
+    assert (work.metrics["reward"], work.metrics["accepted_reward"]) == (0.0, 0.0)
+    stream.config = wrong.replace(accept=Agreeing(share=0.8))
+    stream.place = 10
+    with pytest.raises(TreadleError, match="no answer was accepted by Agreeing in 8 rounds"):
+        next(stream)
+
+
 class Solved(Hook):
     def __init__(self) -> None:
         self.seen: list[float] = []
@@ -125,7 +160,7 @@ def test_accuracy_rises(tmp_path: Path) -> None:
 
 def test_hints_help_and_are_not_learned(tmp_path: Path) -> None:
     problems = Low(told=True)
-    with pytest.raises(TreadleError, match="no answer reached the threshold 1 in 8 rounds"):
+    with pytest.raises(TreadleError, match="no answer was accepted by Rewarded in 8 rounds"):
         next(source(problems).open(env(model_that_ends(), tmp_path)))
     stream = source(problems, hint=Hint()).open(env(model_that_ends(), tmp_path))
     work = next(stream)

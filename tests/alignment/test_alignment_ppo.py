@@ -110,6 +110,20 @@ def test_the_penalty_steers_to_the_target(target: float, tmp_path: Path) -> None
     assert stream.beta == pytest.approx(0.1 * (1.1 if target < 1 else 0.9))
 
 
+def test_the_mismatch_of_a_lot_is_told_with_its_first_step(tmp_path: Path) -> None:
+    """Nothing but rounding while the sampler is the policy; what the policy moves is drift."""
+    model = ValueHead()(tiny_model())
+    stream = source().open(env(model, tmp_path))
+    first, second = next(stream), next(stream)
+    assert first.metrics["mismatch"] < 1e-5
+    assert [limit.metric for limit in first.limits] == ["mismatch"]
+    assert second.limits == ()
+    moved(model)
+    output = PPO()(model, second.batches[0])
+    assert float(output.metrics["drift"] / output.weight) > 0.01
+    assert "mismatch" not in output.metrics
+
+
 class Rewards(Hook):
     def __init__(self) -> None:
         self.seen: list[float] = []

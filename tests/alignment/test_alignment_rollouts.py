@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_generation import byte_tokenizer, tiny_model
+from tiny_generation import END, byte_tokenizer, tiny_model
 
 from treadle.alignment.advantages import (
     BatchNormalised,
@@ -17,8 +18,11 @@ from treadle.alignment.advantages import (
 )
 from treadle.alignment.frozen import FrozenCopy
 from treadle.alignment.rewards import Part, Reward, Weighted
-from treadle.alignment.rollouts import Rollouts
+from treadle.alignment.rollouts import Rollouts, repetition
+from treadle.alignment.samplers import OwnWeights, Sample, Sampler
 from treadle.core.errors import TreadleError
+from treadle.core.pipeline import Pipeline, Workspace
+from treadle.core.progress import Silent
 from treadle.data.problems import Interleaved, Problems
 from treadle.data.records import Problem, user
 from treadle.data.source import Env
@@ -29,7 +33,7 @@ from treadle.objectives.policy import GRPO
 from treadle.optim.adamw import AdamW
 from treadle.optim.schedules import Constant
 from treadle.train.fit import Fit, fit
-from treadle.train.hooks import Hook, StepReport
+from treadle.train.hooks import Hook, StepReport, WarnAbove
 from treadle.train.parallel.plan import SingleProcess
 from treadle.train.precision import FP32
 
@@ -173,6 +177,114 @@ def test_failing_verifiers_are_counted(tmp_path: Path) -> None:
         TreadleError, match=r"failed for all 16 completions.*ZeroDivisionError: oops"
     ):
         next(broken.open(env(tiny_model(), tmp_path)))
+
+
+class Log(Silent):
+    """What a run says."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def logged(model: DecoderModel, folder: Path) -> tuple[Env, Log]:
+    log = Log()
+    workspace = Workspace(folder, folder, Pipeline(name="p", steps=()), log)
+    return replace(env(model, folder), workspace=workspace), log
+
+
+def test_faults_are_named_in_the_log_once(tmp_path: Path) -> None:
+    source = Rollouts(
+        problems=Long(),
+        prompts=4,
+        completions=8,
+        sampling=Sampling(max_tokens=4),
+        reward=Faulty(),
+        patience=0.05,
+    )
+    here, log = logged(tiny_model(), tmp_path)
+    stream = source.open(here)
+    next(stream)
+    next(stream)
+    assert sorted(log.lines) == [
+        "rollouts: a completion was left without its reward: OvertimeError: no answer within "
+        "0.05 s",
+        "rollouts: a completion was left without its reward: ZeroDivisionError: oops",
+        "rollouts: a completion was left without its reward: the reward was nan",
+        *(
+            f"rollouts: problem {i} is left out: its prompt of 205 tokens fills the model's "
+            "context of 128"
+            for i in (0, 2, 4, 6)
+        ),
+    ]
+
+
+def test_repetition_is_the_share_of_runs_seen_before() -> None:
+    assert repetition([1, 2, 3, 4, 5, 6]) == 0.0
+    assert repetition([7] * 10) == pytest.approx(6 / 7)
+    assert repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
+    assert repetition([1, 2, 3]) == 0.0
+    assert repetition([1, 2, 1, 2, 1], n=2) == pytest.approx(2 / 4)
+
+
+def test_empty_completions_are_counted_and_learned(tmp_path: Path) -> None:
+    """A model that ends at once: the stop token is its whole answer."""
+    model = tiny_model()
+    source = Rollouts(
+        problems=Letters(),
+        prompts=2,
+        completions=8,
+        sampling=Sampling(max_tokens=4, logit_bias=((END, 9.0),)),
+    )
+    work = next(source.open(env(model, tmp_path)))
+    assert work.metrics["empty"] > 0.3
+    output = GRPO()(model, work.batches[0])
+    assert bool(torch.isfinite(output.total))
+
+
+def test_a_mismatch_above_the_limit_is_said(tmp_path: Path) -> None:
+    """A sampler that lies about its log-probabilities is found out in the first step."""
+    model, plan = tiny_model(), SingleProcess()
+    here, log = logged(model, tmp_path)
+    for sampler, lines in ((OwnWeights(), 0), (Lying(by=0.25), 2)):
+        log.lines.clear()
+        source = Rollouts(
+            problems=Letters(), prompts=2, sampling=Sampling(max_tokens=8), sampler=sampler
+        )
+        seen = Rewards()
+        fit(
+            model,
+            source.open(here),
+            GRPO(),
+            optimizer=AdamW(lr=1e-5),
+            schedule=Constant(),
+            config=Fit(steps=2, precision=FP32()),
+            plan=plan,
+            world=plan.setup("cpu"),
+            folder=tmp_path / type(sampler).__name__,
+            hooks=[seen, WarnAbove(log, "grpo")],
+        )
+        assert len(seen.seen) == 2
+        assert len(log.lines) == lines
+    assert log.lines[0].startswith("grpo: step 1: mismatch 0.25 is above 0.1: what samples")
+    assert log.lines[1] == "grpo: mismatch was above its limit in 2 of 2 steps"
+
+
+class Lying(Sampler):
+    by: float
+
+    def open(self, env: Env, slots: int) -> Sample:
+        sample = OwnWeights().open(env, slots)
+
+        def lie(requests):
+            return [
+                [replace(c, logprobs=tuple(p - self.by for p in c.logprobs)) for c in row]
+                for row in sample(requests)
+            ]
+
+        return lie
 
 
 class Constantly(Reward):

@@ -107,6 +107,16 @@ def test_the_step_is_that_of_the_explicit_fisher() -> None:
     assert taken.gain > 0
 
 
+def test_the_mismatch_is_the_mean_gap_of_sampled_tokens() -> None:
+    model, batches = policy(), [lot([1.0, -0.5]), lot([0.3])]
+    gaps = []
+    for batch in batches:
+        logp = logprobs(model, batch).detach()
+        for t, target in enumerate(batch.targets.tolist()):
+            gaps.append(abs(float(logp[t, target] - batch.behaviour[t])))
+    assert trust_region_step(model, batches, BOUNDS).mismatch == pytest.approx(sum(gaps) / 12)
+
+
 def test_conjugate_gradients_solve() -> None:
     generator = torch.Generator().manual_seed(0)
     half = torch.randn(12, 12, generator=generator).double()

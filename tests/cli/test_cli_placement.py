@@ -9,15 +9,27 @@ import pytest
 import torch
 from cli.test_cli_models import train_tokenizer, treadle
 
+from treadle.core.errors import ConfigError
+from treadle.core.pipeline import Pipeline, Workspace
+from treadle.core.progress import standard
+from treadle.inference.engine import Engine
+from treadle.inference.request import Request
+from treadle.inference.sampling import Sampling
 from treadle.models.decoder import swap
 from treadle.models.hub.load import load_model
 from treadle.models.hub.save import save_hf
 from treadle.models.llama import tiny_llama
+from treadle.models.source import Pretrained
 from treadle.nn.ffn.ffn import GatedMLP
 from treadle.nn.ffn.moe import MoE
 from treadle.peft.adapter import adapted, merge
 from treadle.peft.files import save_adapter
+from treadle.peft.folders import WithAdapter, load_tuned, save_tuned
 from treadle.peft.lora import LoRA
+from treadle.peft.multitask_prompt import PerTask, set_task, task_table
+from treadle.peft.prefix import PrefixTuning
+from treadle.peft.prompt import PromptTuning
+from treadle.tokenizers.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +78,84 @@ def test_one_command_answers_by_each_adapter(base: Path, adapters: list[Path]) -
     assert found[0]["text"] != found[1]["text"]
 
 
+def test_a_prefix_answers_beside_an_adapter(
+    base: Path, adapters: list[Path], tmp_path: Path
+) -> None:
+    """In an engine of its own, over the same weights; in the order of the command."""
+    model = PrefixTuning(tokens=3)(load_model(base).model)
+    save_tuned(model, tmp_path / "prefix")
+    folders = [str(adapters[0]), str(tmp_path / "prefix"), str(adapters[1])]
+    found = rows(str(base), "the loom", *(w for folder in folders for w in ("--adapter", folder)))
+    assert [row["adapter"] for row in found] == folders
+    for row, folder in zip(found, folders, strict=True):
+        (alone,) = rows(str(base), "the loom", "--adapter", folder)
+        assert row == pytest.approx(alone, abs=1e-3)
+    assert len({row["logprob"] for row in found}) == 3
+
+
+def test_a_prompt_of_several_tasks_is_named(base: Path, tmp_path: Path) -> None:
+    model = PromptTuning(tokens=3, encoder=PerTask(tasks=2))(
+        load_model(base, dtype=torch.float32).model
+    )
+    with torch.no_grad():
+        task_table(model).U[1] *= -2
+    folder = str(tmp_path / "prompts")
+    save_tuned(model, folder)
+    told = [rows(str(base), "the loom", "--adapter", f"{folder}#{k}")[0]["logprob"] for k in (0, 1)]
+    for k in (0, 1):
+        set_task(model, k)
+        engine = Engine(model, Tokenizer.load(base))
+        prompt = tuple(engine.tokenizer.encode("the loom", add_special=True))
+        ((expected,),) = engine.generate([Request(prompt, Sampling(temperature=0.0, max_tokens=6))])
+        assert sum(expected.logprobs) == pytest.approx(told[k], abs=1e-3)
+    assert told[0] != pytest.approx(told[1], abs=1e-2)
+    for wrong, said in (
+        (folder, f"prompts of 2 tasks; name one, {folder}#0 to {folder}#1"),
+        (f"{folder}#2", "task 2 has no prompt: the model was given 2"),
+    ):
+        done = treadle("generate", str(base), "the", "--adapter", wrong)
+        assert done.exit_code == 2
+        assert said in " ".join(done.stderr.split())
+
+
+def test_a_run_begins_with_a_folder(base: Path, adapters: list[Path], tmp_path: Path) -> None:
+    source = WithAdapter(model=Pretrained(name=str(base)), folder=str(adapters[0]))
+    nowhere = Workspace(tmp_path, tmp_path, Pipeline(name="none", steps=()), standard())
+    model = source.open(nowhere).model
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        f"{name}.{leaf}" for name in adapted(model) for leaf in ("A", "B")
+    }
+    with pytest.raises(ConfigError, match="LORA has no tasks; leave out #1"):
+        load_tuned(load_model(base).model, f"{adapters[0]}#1")
+
+
+def test_a_prompt_finds_its_adapter(base: Path, adapters: list[Path], tmp_path: Path) -> None:
+    folders = [str(folder) for folder in adapters]
+    examples = tmp_path / "examples.jsonl"
+    texts = ("the loom and the weft", "12 34 56 78"), ("a loom of wool", "90 12 78 31")
+    examples.write_text(
+        "\n".join(
+            json.dumps({"adapter": folder, "prompt": text})
+            for pair in texts
+            for folder, text in zip(folders, pair, strict=True)
+        )
+    )
+    options = [*(w for f in folders for w in ("--adapter", f)), "--route", str(examples)]
+    for prompt, folder in zip(("the weft and the loom", "56 31 90 34"), folders, strict=True):
+        assert rows(str(base), prompt, *options) == rows(str(base), prompt, "--adapter", folder)
+    for row, said in (
+        ({"adapter": folders[0]}, "row 1: write `adapter` and `prompt`, both texts"),
+        ({"adapter": "none", "prompt": "a"}, "row 1: no adapter `none`"),
+        ({"adapter": folders[0], "prompt": "a"}, "has no examples to be known by"),
+    ):
+        examples.write_text(json.dumps(row))
+        done = treadle("generate", str(base), "the", *options)
+        assert done.exit_code == 2
+        assert said in " ".join(done.stderr.split())
+    done = treadle("generate", str(base), "the", "--route", str(examples))
+    assert "no adapter `" in done.stderr
+
+
 def test_generate_says_what_an_adapter_lacks(base: Path, tmp_path: Path) -> None:
     done = treadle("generate", str(base), "the", "--adapter", str(tmp_path))
     assert done.exit_code == 2
@@ -103,7 +193,7 @@ steps:
 - kind: Run
   name: first
   model: {{kind: Pretrained, name: {base}}}
-  transforms: [{{kind: LoRA, rank: 2}}]
+  transforms: [{transform}]
   source:
     kind: Supervised
     per_step: 2
@@ -114,14 +204,22 @@ steps:
 """
 
 
+@pytest.mark.parametrize(
+    "transform",
+    [
+        "{kind: LoRA, rank: 2}",
+        "{kind: PrefixTuning, tokens: 3}",
+        "{kind: PromptTuning, tokens: 3, encoder: {kind: TanhNetwork}}",
+    ],
+)
 def test_an_adapter_is_exported_alone(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    transform: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a run trained, exported and put on the base again, says what the run says."""
     monkeypatch.chdir(tmp_path)
     talk = [{"role": "user", "content": "a loom?"}, {"role": "assistant", "content": "wool"}]
     Path("talks.jsonl").write_text("\n".join([json.dumps({"messages": talk})] * 6))
-    Path("mine.yaml").write_text(TRAINED.format(base=base))
+    Path("mine.yaml").write_text(TRAINED.format(base=base, transform=transform))
     assert treadle("run", "mine.yaml").exit_code == 0
     done = treadle("export", "runs/mine", "--format", "peft", "--to", "adapter")
     assert done.exit_code == 0, done.output

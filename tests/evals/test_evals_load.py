@@ -49,7 +49,13 @@ def scripted(answer: Callable[[BaseHTTPRequestHandler, dict[str, Any]], None]) -
         def log_message(self, *args: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    with listening(Handler) as url:
+        yield url
+
+
+@contextmanager
+def listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -171,6 +177,52 @@ def test_bad_addresses() -> None:
         server.measure(Workload(rounds=1), lambda: 0.0)
 
 
+def test_the_energy_is_that_of_the_measured_rounds() -> None:
+    """The server has used 10 J before the warm-up, 30 after it and 70 at the end."""
+    told, served = iter((30.0, 70.0)), 0
+
+    class Http(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            begin(self)
+            self.wfile.write(
+                b"# TYPE treadle_energy_joules gauge\n"
+                + f'treadle_energy_joules{{source="measured"}} {next(told)}\n'.encode()
+            )
+
+        def do_POST(self) -> None:
+            nonlocal served
+            served += 1
+            self.rfile.read(int(self.headers["content-length"]))
+            begin(self)
+            say(
+                self,
+                {"choices": [{"text": "x"}], "usage": {"prompt_tokens": 8, "completion_tokens": 4}},
+            )
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    command = ["bench", "m", "--output", "4", "--rounds", "2", "--grid", "360", "--json"]
+    with listening(Http) as url:
+        found = json.loads(CliRunner().invoke(build(), [*command, "--url", url]).output)
+    assert served == 3
+    assert found["energy"] == {
+        "joules_per_token": 40 / 8,
+        "source": "measured",
+        "grams_per_million": pytest.approx(5 / 3.6e6 * 360 * 1e6),
+    }
+
+
+def test_who_does_not_tell_is_not_billed() -> None:
+    def answer(http: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        begin(http)
+        say(http, {"choices": [{"text": "x"}]})
+
+    with scripted(answer) as url:
+        done = CliRunner().invoke(build(), ["bench", "m", "--rounds", "1", "--url", url])
+    assert "energy unknown: the server does not tell" in done.output
+
+
 def test_tokens_are_shared_out() -> None:
     pieces = [(1.0, 1), (2.0, 1), (3.0, 1)]
     assert [n for _, n in share_out(pieces, 3)] == [1, 1, 1]
@@ -187,10 +239,12 @@ def test_the_command_measures_a_server() -> None:
         done = CliRunner().invoke(build(), [*command, "--url", server.url, "--json"])
         found = json.loads(done.output)
         assert (found["requests"], found["tokens"]) == (6, 36)
-        assert found["energy"] is None
+        assert found["energy"]["joules_per_token"] > 0
+        assert found["energy"]["source"] in ("measured", "estimated")
         assert 0 < found["first_token"]["p50"] <= found["first_token"]["p99"]
         done = CliRunner().invoke(build(), [*command, "--url", server.url])
-        assert "energy unknown" in done.output
+        assert "J/token" in done.output
+        assert "GFLOP" not in done.output, "what model it runs is not known"
         assert "decode" in done.output
         wrong = CliRunner().invoke(build(), ["bench", "tony", "--url", server.url])
         assert "did you mean `tiny`" in wrong.output

@@ -40,7 +40,14 @@ class Noisy(Draft):
         return ModelGuesser(model, runner, tokenizer, 4)
 
 
-DRAFTS = (NGram(shortest=1), EarlyExit(layers=1), Noisy(noise=0.03), Noisy(noise=0.0))
+DRAFTS = (
+    NGram(shortest=1),
+    NGram(shortest=1, branches=3),
+    EarlyExit(layers=1),
+    EarlyExit(layers=1, widths=(3, 2)),
+    Noisy(noise=0.03),
+    Noisy(noise=0.0),
+)
 
 
 def engine(*windows: int | None, pages: int = 200, draft: Draft | None = None) -> Engine:
@@ -147,7 +154,14 @@ def test_drafts_that_cannot_guess_are_named(tmp_path) -> None:  # type: ignore[n
 
 
 def test_guesses_follow_the_longest_and_latest_match() -> None:
-    assert NGram(tokens=2).after([1, 2, 3, 9, 9, 2, 3, 7, 1, 2, 3]) == [9, 9]
-    assert NGram(tokens=2, longest=2).after([1, 2, 3, 9, 9, 2, 3, 7, 1, 2, 3]) == [7, 1]
+    assert NGram(tokens=2).after([1, 2, 3, 9, 9, 2, 3, 7, 1, 2, 3]) == [[9, 9]]
+    assert NGram(tokens=2, longest=2).after([1, 2, 3, 9, 9, 2, 3, 7, 1, 2, 3]) == [[7, 1]]
     assert NGram().after([1, 2, 3, 4]) == []
     assert NGram(reach=3).after([1, 2, 3, 1, 2]) == []
+
+
+def test_branches_are_distinct_continuations() -> None:
+    text = [1, 2, 3, 9, 9, 2, 3, 7, 1, 2, 3]
+    assert NGram(tokens=2, branches=3).after(text) == [[9, 9], [7, 1]]
+    assert NGram(tokens=1, branches=2, shortest=1, longest=1).after([5, 6, 5, 7, 5]) == [[7], [6]]
+    assert NGram(tokens=2, branches=4).after([4, 4, 4, 4]) == [[4], [4, 4]]

@@ -140,7 +140,8 @@ def test_levels_are_chosen_by_the_processor_and_by_name(
         ("flags\t\t: fma f16c avx2 avx512f avx512bw avx512dq avx512vl avx512_vnni", "avx512"),
         ("flags\t\t: fma f16c avx2 avx512f avx512bw avx512dq avx512vl", "avx2"),
         ("flags\t\t: fma f16c avx2 avx_vnni", "avx-vnni"),
-        ("Features\t: fp asimd asimdhp asimddp", "neon"),
+        ("Features\t: fp asimd asimdhp asimddp", "neon-dotprod"),
+        ("Features\t: fp asimd", "neon"),
         ("flags\t\t: sse2", "portable"),
     ):
         cpuinfo.write_text(f"processor\t: 0\n{text}\n")

@@ -142,6 +142,10 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
         {**SIZE, **MIXTURE, "num_experts": 6, "shared_expert_intermediate_size": 28},
     ),
     "qwen3-moe": ("Qwen3Moe", {**SIZE, **MIXTURE, "head_dim": 8, "num_experts": 6}),
+    "qwen3-moe-summed": (
+        "Qwen3Moe",
+        {**SIZE, **MIXTURE, "head_dim": 8, "num_experts": 4, "norm_topk_prob": True},
+    ),
     "qwen3-moe-mixed": (
         "Qwen3Moe",
         {

@@ -116,23 +116,23 @@ def measured(name: str, right: int) -> Stage:
 
 def test_a_better_stage_on_the_way_is_named() -> None:
     stages = [measured("base", 1), measured("sft", 52), measured("quantised", 4)]
-    said = " ".join(sentences("run", stages, None, [], []))
+    said = " ".join(sentences("run", stages, None, [], [], []))
     assert "The final model (quantised) answers 4.0%" in said
     assert "An earlier stage was better: sft with 52.0%" in said
     fine = [measured("base", 1), measured("sft", 52), measured("quantised", 47)]
-    assert "An earlier stage" not in " ".join(sentences("run", fine, None, [], []))
+    assert "An earlier stage" not in " ".join(sentences("run", fine, None, [], [], []))
 
 
 def test_a_difference_by_chance_is_called_that() -> None:
-    said = " ".join(sentences("run", [measured("base", 10), measured("sft", 14)], None, [], []))
+    said = " ".join(sentences("run", [measured("base", 10), measured("sft", 14)], None, [], [], []))
     assert "The intervals overlap: chance alone may explain the difference." in said
-    said = " ".join(sentences("run", [measured("base", 60), measured("sft", 14)], None, [], []))
+    said = " ".join(sentences("run", [measured("base", 60), measured("sft", 14)], None, [], [], []))
     assert "It became worse: the intervals do not overlap." in said
 
 
 def test_different_tasks_do_not_compare() -> None:
     other = Stage(subject="sft", baseline=False, results={"gcd": accuracy([1.0])})
-    said = " ".join(sentences("run", [measured("base", 1), other], None, [], []))
+    said = " ".join(sentences("run", [measured("base", 1), other], None, [], [], []))
     assert "different tasks and do not compare" in said
 
 

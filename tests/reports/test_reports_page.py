@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from reports.page_reader import Element, read_page, table
 
 from treadle.cli.app import build
 from treadle.core.errors import FileFormatError, TreadleError
-from treadle.core.pipeline import Pipeline, execute
+from treadle.core.pipeline import Pipeline, Step, Workspace, execute
+from treadle.core.results import Reasoned, ReasoningMetrics, accuracy
 from treadle.reports.folder import read_run
-from treadle.reports.report import DATA, PAGE, write_report
+from treadle.reports.report import DATA, PAGE, Report, write_report
 
 pytest.importorskip("matplotlib")
 STAGES = tuple(SKILL)
@@ -316,3 +318,38 @@ def test_it_fits_a_phone_and_a_screen(run: Path, tmp_path: Path, width: int) -> 
     assert seen["svg"] > 250
     assert seen["font"] >= 10
     assert seen["text"] > 2000
+
+
+class FakeReason(Step):
+    """Records two ways to answer."""
+
+    def execute(self, workspace: Workspace) -> Mapping[str, Any]:
+        rows = [
+            Reasoned(
+                strategy=name,
+                exam="gcd",
+                accuracy=accuracy([1.0] * right + [0.0] * (40 - right)),
+                tokens=tokens,
+                seconds=90.0,
+                overflows=0,
+            )
+            for name, right, tokens in (("BestOfN n=4", 22, 1320.4), ("OneAnswer", 12, 330.0))
+        ]
+        return ReasoningMetrics(kind="reasoning", rows=rows)
+
+
+def test_ways_to_answer_are_laid_side_by_side(tmp_path: Path) -> None:
+    """The cheapest first; in words the best and the cheapest."""
+    execute(Pipeline(name="ways", steps=(FakeReason(name="reason"), Report())), tmp_path)
+    page = read_page((tmp_path / "report" / PAGE).read_text())
+    (found,) = (t for t in page.all("table") if "Exam" in t.text)
+    assert list(table(found).items()) == [
+        ("OneAnswer", ["gcd", "30.0% 18.1\u201345.4%", "330", "90 s"]),
+        ("BestOfN n=4", ["gcd", "55.0% 39.8\u201369.3%", "1,320", "90 s"]),
+    ]
+    lead = " ".join(page.all("p", **{"class": "lead"})[0].text.split())
+    best, least = "95% interval 39.8 to 69.3%", "95% interval 18.1 to 45.4%"
+    assert (
+        f"In reason, gcd: BestOfN n=4 is right on 55.0% ({best}) for 1,320 tokens a problem, "
+        f"OneAnswer is right on 30.0% ({least}) for 330 tokens a problem."
+    ) in lead

@@ -139,6 +139,21 @@ def test_logprobs_are_the_models(server: Running) -> None:
     assert len(lists.tokens) == len(lists.token_logprobs) == len(lists.text_offset)
 
 
+def test_streamed_logprobs_come_with_their_text(server: Running) -> None:
+    asked = {"model": "tiny", "messages": HELLO, "seed": 2, "max_tokens": 40, "logprobs": True}
+    whole = server.client.chat.completions.create(**asked)
+    chunks = list(server.client.chat.completions.create(**asked, stream=True))
+    told = [c.choices[0] for c in chunks if c.choices[0].logprobs]
+    entries = [entry for choice in told for entry in choice.logprobs.content]
+    assert entries == whole.choices[0].logprobs.content
+    with_text = [choice for choice in told if choice.delta.content]
+    assert len(with_text) > 10
+    for choice in with_text:
+        spelled = b"".join(bytes(entry.bytes) for entry in choice.logprobs.content)
+        if spelled.isascii():  # else a character's bytes may be spread over pieces
+            assert spelled.decode() == choice.delta.content
+
+
 def test_embeddings_are_mean_hidden_states(server: Running) -> None:
     texts = ["a loom", "b"]
     answer = server.client.embeddings.create(model="tiny", input=texts)  # base64
@@ -302,6 +317,7 @@ def test_metrics(server: Running) -> None:
         'treadle_inter_token_seconds_sum{model="tiny"}',
         'treadle_requests_open{model="tiny"} 0.0',
         'treadle_requests_waiting{model="tiny"} 0.0',
+        'treadle_energy_joules{source="',
     ):
         assert line in text
 

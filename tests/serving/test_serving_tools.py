@@ -181,13 +181,13 @@ def test_tools_reach_the_prompt_of_any_template() -> None:
     ]  # fmt: skip
     body = ChatBody(model="tiny", messages=turns, tools=TOOLS)
     tokenizer = tiny_engine().tokenizer
-    known = chat_prompt(tokenizer, body)
-    plain = chat_prompt(tokenizer.with_template(LLAMA3), body)
+    known = chat_prompt(tokenizer, body, 1024)
+    plain = chat_prompt(tokenizer.with_template(LLAMA3), body, 1024)
     for prompt in (known, plain):
         assert '"name": "weather"' in prompt.text
         assert '{"city": "Ulm"}' in prompt.text
         assert "rain" in prompt.text
         assert prompt.tools == ("weather", "clock")
     assert "<tool_response>\nrain" in plain.text
-    none = chat_prompt(tokenizer, body.model_copy(update={"tool_choice": "none"}))
+    none = chat_prompt(tokenizer, body.model_copy(update={"tool_choice": "none"}), 1024)
     assert none.tools == ()

@@ -18,6 +18,7 @@ from treadle.inference.runner import Batch
 from treadle.serving.app import App, build
 from treadle.serving.config import Serve
 from treadle.serving.pool import Base, Offer
+from treadle.serving.route import Route
 from treadle.serving.run import listen, web_server
 from treadle.serving.trial import Trial
 from treadle.tokenizers.template import CHATML
@@ -81,9 +82,11 @@ def running(
     *,
     trials: Sequence[Trial] = (),
     trial_log: Path | None = None,
+    routes: Sequence[Route] = (),
 ) -> Iterator[Running]:
     config = config or Serve(port=0, drain_seconds=5.0)
-    app = build(offers or [Base("tiny", tiny_engine)], config, trials=trials, trial_log=trial_log)
+    offers = offers or [Base("tiny", tiny_engine)]
+    app = build(offers, config, trials=trials, trial_log=trial_log, routes=routes)
     listener, server = listen(config), web_server(app)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(

@@ -12,6 +12,7 @@ import pytest
 
 from treadle.core.errors import TreadleError
 from treadle.core.progress import Progress, Task
+from treadle.data.source import Limit
 from treadle.train.hooks import (
     Every,
     Hook,
@@ -20,6 +21,7 @@ from treadle.train.hooks import (
     ShowProgress,
     StepReport,
     TensorBoard,
+    WarnAbove,
 )
 
 
@@ -163,3 +165,18 @@ def test_every_measures_on_time_and_at_the_end(tmp_path: Path) -> None:
     assert listener.heard == [(4, 40.0), (8, 80.0), (10, 100.0)]
     with pytest.raises(TreadleError, match="steps=0"):
         Every(0, lambda r: {})
+
+
+def test_metrics_above_their_limit_are_named() -> None:
+    """At each crossing, with the remedy; at the end how often; never at or below the limit."""
+    heard = Heard()
+    hook = WarnAbove(heard, "grpo")
+    limits = (Limit("mismatch", 0.1, "use OwnWeights"), Limit("absent", 0.0, "none"))
+    for step, value in enumerate((0.1, 0.2, 0.3, 0.05, 0.11), 1):
+        hook.on_step(report(step, metrics={"mismatch": value}, limits=limits))
+    assert heard.said == [
+        "grpo: step 2: mismatch 0.2 is above 0.1: use OwnWeights",
+        "grpo: step 5: mismatch 0.11 is above 0.1: use OwnWeights",
+    ]
+    hook.on_end()
+    assert heard.said[2:] == ["grpo: mismatch was above its limit in 3 of 5 steps"]

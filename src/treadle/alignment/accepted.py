@@ -1,16 +1,23 @@
 """Rejection sampling: the model learns from those of its own answers that a verifier accepts.
 
-    D = {(x, y) : y ~ pi(.|x), r(x, y) >= threshold},    L = - sum_D log pi(y|x)
+    D = {(x, y) : y ~ pi(.|x), accepted(x, y)},    L = - sum_D log pi(y|x)
+
+    accepted    r(x, y) >= threshold                                    RFT, STaR
+                y comes to the answer that most samples of x come to    self-consistency training
 
 Sampling anew from the trained model each round is expert iteration; one round alone is
 rejection-sampling fine-tuning (RFT, Yuan et al. 2023, arXiv:2308.01825). With a hint it is STaR
 (Zelikman et al. 2022, arXiv:2203.14465): problems that were not solved are asked again with their
 answer, and a solution found so is learned as an answer to the question without it.
 The objective is `CausalLM`.
+
+A vote needs no verifier (Huang et al. 2022, arXiv:2210.11610): what a model rarely gets right alone
+it learns where the right answer is still its most frequent one, and only there.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,19 +26,32 @@ from pydantic import Field
 
 from treadle.alignment.rollouts import Group, Rollouts, prompt_tokens
 from treadle.alignment.trees import Tree, assemble_trees, tree_size
+from treadle.alignment.verifiers import extract_answer
 from treadle.core.cards import Card
 from treadle.core.config import Config
 from treadle.core.errors import TreadleError
 from treadle.data.batch import Piece, within_budget
 from treadle.data.records import Problem
 from treadle.data.source import Env, Source, Stream, Work
+from treadle.inference.reasoning.strategy import visible
+from treadle.inference.reasoning.votes import elect
 
-CARD = Card(
-    id="al.rft",
-    paper="Yuan et al. 2023, RFT, arXiv:2308.01825; Zelikman et al. 2022, STaR, arXiv:2203.14465",
-    summary="Rejection sampling, expert iteration and STaR: only accepted samples are trained.",
-    recipe="treadle run expert-iteration",
-    oracle="tests/alignment/test_alignment_accepted.py::test_only_accepted_samples_are_trained",
+CARDS = (
+    Card(
+        id="al.rft",
+        paper="Yuan et al. 2023, RFT, arXiv:2308.01825; Zelikman et al. 2022, STaR, "
+        "arXiv:2203.14465",
+        summary="Rejection sampling, expert iteration and STaR: only accepted samples are trained.",
+        recipe="treadle run expert-iteration",
+        oracle="tests/alignment/test_alignment_accepted.py::test_only_accepted_samples_are_trained",
+    ),
+    Card(
+        id="re.train.self_consistency",
+        paper="Huang et al. 2022, Large Language Models Can Self-Improve, arXiv:2210.11610",
+        summary="Learns the chains that come to the answer most samples come to; no verifier.",
+        recipe="treadle run self-consistency",
+        oracle="tests/alignment/test_alignment_accepted.py::test_the_majority_is_learned",
+    ),
 )
 REDRAWS = 8
 """Rounds in a row that may accept nothing."""
@@ -43,13 +63,42 @@ class Hint(Config):
     text: str = "{question}\n(The answer is {answer}. Show the way to it.)"
 
 
+class Acceptance(Config):
+    """A shape: which of a group's completions are learned."""
+
+    @abstractmethod
+    def __call__(self, group: Group) -> list[bool]:
+        """For each completion whether it is accepted."""
+
+
+class Rewarded(Acceptance):
+    """Those of enough reward."""
+
+    threshold: float = 1.0
+
+    def __call__(self, group: Group) -> list[bool]:
+        return [reward >= self.threshold for reward in group.rewards]
+
+
+class Agreeing(Acceptance):
+    """Those that come to the answer of the majority, where it is large enough."""
+
+    share: float = Field(0.5, gt=0.0, le=1.0)
+    """Least share of the group that comes to it."""
+
+    def __call__(self, group: Group) -> list[bool]:
+        answers = [extract_answer(visible(c.text)) for c in group.completions]
+        elected = answers[elect(answers, [1.0] * len(answers))]
+        enough = elected is not None and answers.count(elected) >= self.share * len(answers)
+        return [enough and answer == elected for answer in answers]
+
+
 class Accepted(Source):
     """Accepted answers of the model in training."""
 
     rollouts: Rollouts
     """What is sampled in a round: its prompts, completions, sampling and reward."""
-    threshold: float = 1.0
-    """Least reward of an accepted answer."""
+    accept: Acceptance = Rewarded()
     keep: int = Field(2, ge=1)
     """Different accepted answers that are learned for each problem at the most."""
     per_step: int = Field(8, ge=1)
@@ -95,9 +144,12 @@ class AcceptedStream(Stream):
             hinted = self._hinted([g for g, row in zip(groups, found, strict=True) if not row])
             self.last = [row for row in found if row] + hinted
             rewards = [r for g in groups for r in g.rewards]
+            taken = [yes for g in groups for yes in self.config.accept(g)]
+            right = sum(r for r, yes in zip(rewards, taken, strict=True) if yes)
             self.metrics = {
                 "reward": sum(rewards) / len(rewards),
-                "accepted": sum(r >= self.config.threshold for r in rewards) / len(rewards),
+                "accepted": sum(taken) / len(taken),
+                "accepted_reward": right / max(sum(taken), 1),
                 "solved": sum(map(bool, found)) / len(groups),
                 "hinted": len(hinted) / len(groups),
             }
@@ -105,7 +157,7 @@ class AcceptedStream(Stream):
                 self.round += 1
                 return
         raise TreadleError(
-            f"no answer reached the threshold {self.config.threshold:g} in {REDRAWS} rounds of "
+            f"no answer was accepted by {type(self.config.accept).__name__} in {REDRAWS} rounds of "
             f"{self.config.rollouts.prompts} problems: choose easier ones, sample more, give a "
             "hint, or train on solutions first"
         )
@@ -114,8 +166,8 @@ class AcceptedStream(Stream):
         """The prompt and its different accepted answers; nothing where there are none."""
         answers = dict.fromkeys(
             c.tokens
-            for c, reward in zip(group.completions, group.rewards, strict=True)
-            if reward >= self.config.threshold and c.finish == "stop" and c.tokens
+            for c, yes in zip(group.completions, self.config.accept(group), strict=True)
+            if yes and c.finish == "stop" and c.tokens
         )
         kept = [list(tokens) for tokens in answers][: self.config.keep]
         return [list(group.prompt), *kept] if kept else []

@@ -11,10 +11,7 @@ import torch
 
 from treadle.core.config import Config
 from treadle.data.source import Env
-from treadle.kernels.linear_cross_entropy import token_logprobs
-from treadle.nn.linear import bias_of
-from treadle.objectives.objective import head_rule
-from treadle.objectives.policy import PolicyBatch
+from treadle.objectives.policy import PolicyBatch, sampled_logprobs
 
 Annotate = Callable[[PolicyBatch], PolicyBatch]
 
@@ -45,13 +42,7 @@ class FrozenCopy(PolicyReference):
             here = batch.to(env.device)
             with env.autocast():
                 hidden = model(here.tokens, here.context())
-                logp = token_logprobs(
-                    hidden[here.sources],
-                    model.head_weight(),
-                    here.targets,
-                    bias=bias_of(model.head),
-                    rule=head_rule(model, batch.temperature),
-                )
+                logp = sampled_logprobs(model, hidden[here.sources], here)
             return replace(batch, reference=logp.cpu())
 
         return annotate

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from treadle.alignment.frozen import FrozenCopy
 from treadle.alignment.gae import gae
-from treadle.alignment.rollouts import Group, Rollouts, policy_batch
+from treadle.alignment.rollouts import Group, Rollouts, mismatch_limit, policy_batch
 from treadle.alignment.trees import assemble_trees, extended
 from treadle.data.batch import Piece, within_budget
 from treadle.data.source import Env, Source, Stream, Work
+from treadle.objectives.policy import sampled_logprobs
 from treadle.objectives.ppo import PPOBatch, state_values
 
 
@@ -78,6 +79,9 @@ class PPOStream(Stream):
         if not self.lot or self.taken == steps:
             self._sample()
         epoch, part = divmod(self.taken, self.config.minibatches)
+        # A lot is sampled once: its mismatch is told of once.
+        limit = mismatch_limit(self.config.rollouts.warn_above)
+        limits = (limit,) if self.taken == 0 else ()
         self.taken += 1
         order = np.random.default_rng([self.env.seed, self.lots, epoch]).permutation(len(self.lot))
         mine = [self.lot[i] for i in np.array_split(order, self.config.minibatches)[part]]
@@ -85,22 +89,25 @@ class PPOStream(Stream):
         runs = within_budget(sizes, self.config.rollouts.tokens)
         temperature = self.config.rollouts.sampling.temperature
         batches = tuple(episode_batch([mine[i] for i in run], temperature) for run in runs)
-        return Work(batches, self.metrics)
+        return Work(batches, self.metrics, limits)
 
     @torch.no_grad()
     def _sample(self) -> None:
         groups = self.rollouts.roll()
         temperature = self.config.rollouts.sampling.temperature
         self.lot = []
-        distances = []
+        distances, gaps = [], []
         for group in groups:
             nothing = torch.zeros(1, len(group.completions))
             batch = self.annotate(policy_batch([group], nothing, temperature))
             assert batch.reference is not None
             here = batch.to(self.env.device)
             with self.env.autocast():
-                hidden = self.env.model(here.tokens, here.context())[here.sources]
-                values = state_values(self.env.model, hidden).cpu()
+                model = self.env.model
+                hidden = model(here.tokens, here.context())[here.sources]
+                values = state_values(model, hidden).cpu()
+                logp = sampled_logprobs(model, hidden, here)
+            gaps.append((logp.cpu() - batch.behaviour).abs())
             kl = batch.behaviour - batch.reference
             distances.append(batch.per_sequence(kl))
             self.lot += self._episodes(group, -self.beta * kl, values)
@@ -114,6 +121,7 @@ class PPOStream(Stream):
         self.metrics = {
             "reward": sum(rewards) / len(rewards),
             "kl": distance,
+            "mismatch": float(torch.cat(gaps).mean()),
             "beta": self.beta,
             "completion_tokens": sum(len(e.tokens) for e in self.lot) / len(self.lot),
         }

@@ -20,6 +20,7 @@ from treadle.alignment.reference import InitialModel, Reference
 from treadle.alignment.trees import Tree, TreeStream, answer_tree, assemble_trees, extended
 from treadle.core.config import Config
 from treadle.core.errors import TreadleError
+from treadle.core.pipeline import Workspace
 from treadle.data.formats import Format
 from treadle.data.records import Preference
 from treadle.data.source import Env, Source
@@ -38,6 +39,10 @@ class Pairs(Config):
     @abstractmethod
     def count(self) -> int:
         """How many there are."""
+
+    def resolve(self, workspace: Workspace | None) -> Pairs:
+        """The supply itself, where this one only says in which step to look for it."""
+        return self
 
 
 class PairFiles(Pairs):
@@ -80,6 +85,7 @@ class PreferenceStream(TreeStream):
     """Pairs as trees of a prompt, the chosen answer and the rejected one."""
 
     def __init__(self, config: Preferences, env: Env) -> None:
+        config = config.replace(pairs=config.pairs.resolve(env.workspace))
         self.config = config
         count, per_step, tokens = config.pairs.count(), config.per_step, config.tokens
         super().__init__(env, count=count, per_step=per_step, tokens=tokens, what="pair")

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from treadle.alignment.rewards import Reward, Verified
 from treadle.core.cards import Card
 from treadle.core.errors import TreadleError
-from treadle.data.records import Chat
+from treadle.data.records import Chat, Problem
 from treadle.data.supervised import Conversations
-from treadle.inference.reasoning.strategy import END_THINK, THINK
+from treadle.inference.reasoning.strategy import END_THINK, THINK, visible
 
 CARD = Card(
     id="re.train",
@@ -50,3 +51,12 @@ class ThinkFirst(Conversations):
 
     def count(self) -> int | None:
         return self.of.count()
+
+
+class OfVisible(Reward):
+    """A reward of what the user sees: an answer that stayed private earns nothing."""
+
+    of: Reward = Verified()
+
+    def __call__(self, problem: Problem, completion: str) -> float:
+        return self.of(problem, visible(completion))

@@ -22,11 +22,13 @@ from treadle.alignment.frozen import NoPolicyReference, PolicyReference
 from treadle.alignment.rewards import Reward
 from treadle.alignment.samplers import OwnWeights, Sampler
 from treadle.alignment.scoring import Scored, require_sound, reward_metrics, scorer
+from treadle.alignment.trees import assemble_trees, extended
+from treadle.alignment.watch import signs
 from treadle.core.errors import TreadleError
-from treadle.data.batch import Piece, assemble, within_budget
+from treadle.data.batch import Piece, within_budget
 from treadle.data.problems import Problems
 from treadle.data.records import Problem
-from treadle.data.source import Env, Source, Stream, Work
+from treadle.data.source import Env, Limit, Source, Stream, Work
 from treadle.inference.request import Completion, Request
 from treadle.inference.sampling import Sampling
 from treadle.objectives.policy import PolicyBatch
@@ -34,6 +36,8 @@ from treadle.tokenizers.chat import encode_prompt
 
 REDRAWS = 8
 """Times that a step asks for new prompts when no group has a signal."""
+TOLD = 8
+"""Different faults of problems and verifiers that the log names."""
 
 
 class Rollouts(Source):
@@ -54,6 +58,8 @@ class Rollouts(Source):
     """Seconds after which a verifier is given up."""
     reference: PolicyReference = NoPolicyReference()
     sampler: Sampler = OwnWeights()
+    warn_above: float = Field(0.1, gt=0.0)
+    """Mean |log pi - log mu| of a token, in nats, between trainer and sampler."""
 
     def open(self, env: Env) -> RolloutStream:
         if self.prompts % env.world:
@@ -92,6 +98,7 @@ class RolloutStream(Stream):
     def __init__(self, config: Rollouts, env: Env) -> None:
         self.config, self.env = config, env
         self.drawn, self.too_long = 0, 0
+        self.told: set[str] = set()
         self.annotate = config.reference.open(env)
         self.score = scorer(config.problems, config.reward, config.patience)
         slots = config.prompts // env.world * config.completions
@@ -111,7 +118,11 @@ class RolloutStream(Stream):
             if useful or self.env.world > 1:
                 batches = self._batches([groups[i] for i in useful], advantages[useful])
                 metrics = self._metrics(groups, len(useful), redraws)
-                return Work(batches, {**metrics, **shaped.metrics})
+                return Work(
+                    batches,
+                    {**metrics, **shaped.metrics},
+                    (mismatch_limit(self.config.warn_above),),
+                )
         raise TreadleError(
             f"the rewards within every group were equal for {REDRAWS} draws of "
             f"{self.config.prompts} problems (mean {float(shaped.rewards.mean()):.2f}): choose "
@@ -132,6 +143,8 @@ class RolloutStream(Stream):
                 f"{self.env.model.config.context} tokens: choose shorter ones"
             )
         require_sound([s for g in groups for s in g.scores])
+        for reason in dict.fromkeys(s.failure for g in groups for s in g.scores if s.failure):
+            self._tell(f"a completion was left without its reward: {reason}")
         return groups
 
     def complete(self, problems: Iterable[tuple[Problem, int]]) -> list[Group]:
@@ -142,6 +155,10 @@ class RolloutStream(Stream):
             prompt = prompt_tokens(self.env, problem)
             if len(prompt) >= self.env.model.config.context:
                 self.too_long += 1
+                self._tell(
+                    f"problem {number} is left out: its prompt of {len(prompt)} tokens fills the "
+                    f"model's context of {self.env.model.config.context}"
+                )
                 continue
             seed = self.config.sampling.seed + self.env.seed + number
             sampling = self.config.sampling.replace(seed=seed)
@@ -159,6 +176,12 @@ class RolloutStream(Stream):
             )
             for problem, request, completions in zip(chosen, requests, answers, strict=True)
         ]
+
+    def _tell(self, what: str) -> None:
+        """Once, and not without end: metrics go on counting."""
+        if what not in self.told and len(self.told) < TOLD:
+            self.told.add(what)
+            self.env.say(f"rollouts: {what}")
 
     def state(self) -> dict[str, Any]:
         return {"drawn": self.drawn, "too_long": self.too_long}
@@ -187,9 +210,27 @@ class RolloutStream(Stream):
             "redraws": float(redraws),
             "prompts_too_long": float(self.too_long),
             "completion_tokens": sum(lengths) / len(lengths),
+            "repetition": sum(repetition(c.tokens) for c in completions) / len(completions),
+            "empty": sum(not c.text.strip() for c in completions) / len(completions),
             "cut_off": sum(c.finish == "length" for c in completions) / len(completions),
+            **signs([g.completions for g in groups], [g.rewards for g in groups]),
             **reward_metrics([s for g in groups for s in g.scores]),
         }
+
+
+def repetition(tokens: Sequence[int], n: int = 4) -> float:
+    """Share of the runs of n tokens that stood there before: 0 where none does."""
+    runs = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def mismatch_limit(most: float) -> Limit:
+    """Above it the sampler's log-probabilities are too far from the trainer's."""
+    remedy = (
+        "what samples is not what learns; take sampler='{kind: OwnWeights}', a finer format, or "
+        "train in the sampler's precision"
+    )
+    return Limit("mismatch", most, remedy)
 
 
 def prompt_tokens(env: Env, problem: Problem) -> tuple[int, ...]:
@@ -199,26 +240,49 @@ def prompt_tokens(env: Env, problem: Problem) -> tuple[int, ...]:
 
 def policy_batch(groups: Sequence[Group], advantages: Tensor, temperature: float) -> PolicyBatch:
     """Prompt and completions of each group as a tree; every completion token is learned."""
-    pieces: list[Piece] = []
-    values: list[float] = []
-    behaviour: list[float] = []
-    for group, row in zip(groups, advantages.tolist(), strict=True):
-        root = len(pieces)
-        pieces.append(Piece(group.prompt, [False] * len(group.prompt)))
-        for completion, advantage in zip(group.completions, row, strict=True):
-            pieces.append(Piece(completion.tokens, [True] * len(completion.tokens), root))
-            values += [advantage] * len(completion.tokens)
-            behaviour += completion.logprobs
-    batch = assemble(pieces)
-    return PolicyBatch(
-        tokens=batch.tokens,
-        layout=batch.layout,
-        sources=batch.sources,
-        targets=batch.targets,
-        weights=batch.weights,
-        sequences=batch.sequences,
-        sequence_count=batch.sequence_count,
-        advantages=torch.tensor(values),
-        behaviour=torch.tensor(behaviour),
+    trees = [
+        (
+            group.prompt,
+            [
+                Answer(c.tokens, [True] * len(c.tokens), c.logprobs, advantage)
+                for c, advantage in zip(group.completions, row, strict=True)
+            ],
+        )
+        for group, row in zip(groups, advantages.tolist(), strict=True)
+    ]
+    return answers_batch(trees, temperature)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What follows a prompt: the policy's tokens, and between them perhaps others."""
+
+    tokens: Sequence[int]
+    learned: Sequence[bool]
+    """Which tokens are the policy's."""
+    logprobs: Sequence[float]
+    """Of these, when they were sampled."""
+    advantage: float
+
+
+def answers_batch(
+    trees: Sequence[tuple[Sequence[int], Sequence[Answer]]], temperature: float
+) -> PolicyBatch:
+    """Each prompt once, with its answers as branches."""
+    answers = [a for _, branches in trees for a in branches]
+    batch = assemble_trees(
+        [
+            [
+                Piece(prompt, [False] * len(prompt)),
+                *(Piece(a.tokens, a.learned, parent=0) for a in branches),
+            ]
+            for prompt, branches in trees
+        ]
+    )
+    return extended(
+        PolicyBatch,
+        batch,
+        advantages=torch.tensor([a.advantage for a in answers for _ in a.logprobs]),
+        behaviour=torch.tensor([p for a in answers for p in a.logprobs]),
         temperature=temperature,
     )

@@ -55,6 +55,8 @@ class Taken:
     """Of the surrogate, that is of the expected advantage."""
     scale: float
     """c^j of the accepted step; 0 where none was."""
+    mismatch: float
+    """Mean |log pi - log mu| of a sampled token before the step."""
 
 
 def trust_region_step(model: DecoderModel, batches: Sequence[PolicyBatch], bounds: Bounds) -> Taken:
@@ -63,6 +65,7 @@ def trust_region_step(model: DecoderModel, batches: Sequence[PolicyBatch], bound
     old = parameters_to_vector(parameters).detach()
     with torch.no_grad():
         before = [logprobs(model, b) for b in batches]
+        gap = mismatch(before, batches)
     start, g = gain_and_gradient(model, parameters, batches, before)
     x = conjugate_gradient(
         lambda v: fisher_product(model, parameters, batches, before, v) + bounds.damping * v,
@@ -72,16 +75,26 @@ def trust_region_step(model: DecoderModel, batches: Sequence[PolicyBatch], bound
     curvature = float(x @ (fisher_product(model, parameters, batches, before, x)))
     curvature += bounds.damping * float(x @ x)
     if curvature <= 0:
-        return Taken(kl=0.0, gain=0.0, scale=0.0)
+        return Taken(kl=0.0, gain=0.0, scale=0.0, mismatch=gap)
     full = (2 * bounds.delta / curvature) ** 0.5 * x
     for j in range(bounds.backtracks):
         scale = bounds.shrink**j
         place(parameters, old + scale * full)
         kl, value = measured_step(model, batches, before)
         if kl <= bounds.delta and value > start:
-            return Taken(kl=kl, gain=value - start, scale=scale)
+            return Taken(kl=kl, gain=value - start, scale=scale, mismatch=gap)
     place(parameters, old)
-    return Taken(kl=0.0, gain=0.0, scale=0.0)
+    return Taken(kl=0.0, gain=0.0, scale=0.0, mismatch=gap)
+
+
+def mismatch(before: Sequence[Float[Tensor, "M V"]], batches: Sequence[PolicyBatch]) -> float:
+    """Mean |log pi - log mu| of the sampled tokens."""
+    total, weight = 0.0, 0.0
+    for logp, batch in zip(before, batches, strict=True):
+        chosen = logp.gather(-1, batch.targets[:, None])[:, 0]
+        total += float(((chosen - batch.behaviour).abs() * batch.weights).sum())
+        weight += float(batch.weights.sum())
+    return total / weight
 
 
 def conjugate_gradient(

@@ -22,7 +22,7 @@ from treadle.core.pipeline import Workspace
 from treadle.data.source import Env, Stream, Work
 from treadle.tokenizers.load import tokenizer_of
 from treadle.train.checkpoint import CheckpointStore
-from treadle.train.hooks import JsonLines, RunInfo, ShowProgress, StepReport
+from treadle.train.hooks import JsonLines, RunInfo, ShowProgress, StepReport, WarnAbove
 from treadle.train.rng import RandomState, seed_everything
 from treadle.train.run import WEIGHTS, Training, save_trained, transformed
 from treadle.train.state import TrainState
@@ -71,7 +71,11 @@ class TRPO(Training):
         )
         store = CheckpointStore(folder / "checkpoints")
         first = store.restore_latest(state) or 0
-        hooks = (JsonLines(folder / "metrics.jsonl"), ShowProgress(workspace.progress, self.name))
+        hooks = (
+            JsonLines(folder / "metrics.jsonl"),
+            ShowProgress(workspace.progress, self.name),
+            WarnAbove(workspace.progress, self.name),
+        )
         for hook in hooks:
             hook.on_start(RunInfo(folder=folder, steps=self.steps, start=first))
         model.train()
@@ -108,6 +112,7 @@ class TRPO(Training):
             seconds=time.monotonic() - started,
             metrics={**work.metrics, **_metrics(taken)},
             skipped=taken.scale == 0.0,
+            limits=work.limits,
         )
 
 
@@ -116,4 +121,9 @@ def _tokens(work: Work) -> int:
 
 
 def _metrics(taken: Taken) -> dict[str, float]:
-    return {"step_kl": taken.kl, "gain": taken.gain, "scale": taken.scale}
+    return {
+        "step_kl": taken.kl,
+        "gain": taken.gain,
+        "scale": taken.scale,
+        "mismatch": taken.mismatch,
+    }

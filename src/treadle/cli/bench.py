@@ -13,6 +13,7 @@ from treadle.cli.kinds import CacheKind, DecodeKind, limits_of
 from treadle.cli.numbers import Dtype, Numbers, Quantize
 
 if TYPE_CHECKING:
+    from treadle.core.meter import Source
     from treadle.evals.speed import Workload
     from treadle.inference.engine import EngineConfig
 
@@ -53,7 +54,7 @@ def bench(
         limits = limits_of(cache, None, decode, slots=batch)
         found = _of_model(model, load, device, grid, limits, Numbers(dtype, quantize))
     else:
-        found = _of_server(url, model, load, key, exact=not until_stop)
+        found = _of_server(url, model, load, key, grid, exact=not until_stop)
     typer.echo(json.dumps(found) if as_json else "\n".join(lines(found)))
 
 
@@ -90,15 +91,22 @@ def _of_model(
 
 
 def _of_server(
-    url: str, model: str, load: Workload, key: str | None, *, exact: bool
+    url: str, model: str, load: Workload, key: str | None, grid: float, *, exact: bool
 ) -> dict[str, Any]:
     import time
 
+    from treadle.evals.energy import bill
     from treadle.evals.load import Server
     from treadle.evals.speed import speed
 
-    timelines = Server(url, model, key=key, exact=exact).measure(load, time.perf_counter)
-    return {**_head(model, url, load), **speed(timelines).plain(), "energy": None}
+    server = Server(url, model, key=key, exact=exact)
+    before: list[tuple[float, Source] | None] = []
+    timelines = server.measure(load, time.perf_counter, lambda: before.append(server.spent()))
+    after, found = server.spent(), speed(timelines).plain()
+    told = None
+    if before[0] is not None and after is not None:
+        told = vars(bill(after[0] - before[0][0], after[1], found["tokens"], grid))
+    return {**_head(model, url, load), **found, "energy": told}
 
 
 def _head(model: str, where: str, load: Workload) -> dict[str, Any]:
@@ -131,14 +139,18 @@ def _spread(name: str, spread: dict[str, float] | None) -> str:
 def _bill(found: dict[str, Any]) -> list[str]:
     bill = found["energy"]
     if bill is None:
-        return ["energy unknown: the server's machine is not asked"]
+        return ["energy unknown: the server does not tell"]
     how = "measured for the machine" if bill["source"] == "measured" else "estimated"
-    return [
+    told = [
         f"energy {bill['joules_per_token']:.3g} J/token ({how}), "
-        f"{bill['grams_per_million']:.3g} g CO2 a million tokens",
-        f"arithmetic {found['operations'] / 1e9:.3g} GFLOP a request; "
-        f"memory {found['peak_bytes'] / 1e9:.2f} GB",
+        f"{bill['grams_per_million']:.3g} g CO2 a million tokens"
     ]
+    if "operations" in found:
+        told.append(
+            f"arithmetic {found['operations'] / 1e9:.3g} GFLOP a request; "
+            f"memory {found['peak_bytes'] / 1e9:.2f} GB"
+        )
+    return told
 
 
 COMMAND = Command(

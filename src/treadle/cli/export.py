@@ -37,7 +37,7 @@ def export(
     from treadle.core.errors import TreadleError, did_you_mean
     from treadle.models.hub.save import save_gguf, save_hf
     from treadle.peft.adapter import merge
-    from treadle.peft.files import save_adapter
+    from treadle.peft.folders import save_tuned
     from treadle.tokenizers.load import tokenizer_of
 
     dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -46,7 +46,7 @@ def export(
     opened = open_model(model)
     if form == PEFT:
         target = to or Path(f"{Path(model).stem}-adapter")
-        save_adapter(opened.model, target)
+        save_tuned(opened.model, target)
         typer.echo(target)
         return
     tokenizer = tokenizer_of(opened)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,7 +14,13 @@ from treadle.cli.chat import Device, MaxTokens, Model, Seed, Temperature, TopP
 from treadle.cli.command import Command
 from treadle.cli.kinds import CacheKind, DecodeKind, DraftKind, limits_of
 from treadle.cli.numbers import Dtype, Numbers, Quantize
-from treadle.cli.parallel import Experts, TensorParallel, engine_over, told_of_experts
+from treadle.cli.parallel import (
+    Experts,
+    TensorParallel,
+    engine_over,
+    told_of_experts,
+    told_of_guesses,
+)
 from treadle.cli.voice import on_torch
 
 
@@ -38,7 +45,13 @@ def generate(
     ] = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(metavar="FOLDER", help="Continue by this adapter; repeatable, one batch."),
+        typer.Option(metavar="FOLDER", help="Continue by this adapter or prefix; repeatable."),
+    ] = None,
+    route: Annotated[
+        Path | None,
+        typer.Option(
+            help="Choose among the adapters for the prompt: JSON lines of `adapter` and `prompt`."
+        ),
     ] = None,
     beams: Annotated[
         int | None, typer.Option(min=1, help="Search with so many beams; -n of them are told.")
@@ -70,12 +83,13 @@ def generate(
 ) -> None:
     """Continue a text."""
     from treadle.core.errors import TreadleError
-    from treadle.inference.attach import attach
+    from treadle.inference.attach import placed
     from treadle.inference.beam import BeamSearch
     from treadle.inference.best_of import BestOf
     from treadle.inference.compress import CompressPrompt, compress_text
     from treadle.inference.constrained import JsonSchema, Language, Regex
     from treadle.inference.request import Request
+    from treadle.inference.route import Chooser, read_examples
     from treadle.inference.sampling import Sampling
     from treadle.tokenizers.chat import encode_prompt
 
@@ -107,19 +121,28 @@ def generate(
             tokens = engine.tokenizer.encode(text, add_special=True)
         constraint = language.build(engine.tokenizer, engine.runner.vocab) if language else None
         request = Request(tuple(tokens), sampling, n=n, constraint=constraint)
-        for folder in adapter or ():
-            attach(engine, folder, folder)
-        requests = [replace(request, adapter=folder) for folder in adapter or (None,)]
+        folders = list(adapter or ())
+        if route is not None:
+            folders = [Chooser(read_examples(route, folders))(engine, tokens)]
+            typer.secho(f"(by {folders[0]})", dim=True, err=True)
+        places = [placed(engine, folder) for folder in folders] or [(engine, None)]
+        work = [(own, replace(request, adapter=name)) for own, name in places]
         if beams is not None:
             search = BeamSearch(width=beams, groups=beam_groups, length_penalty=length_penalty)
-            answers = [search(engine, request) for request in requests]
+            answers = [search(own, each) for own, each in work]
         elif best_of is not None:
-            answers = [BestOf(of=best_of)(engine, request) for request in requests]
+            answers = [BestOf(of=best_of)(own, each) for own, each in work]
         else:
-            answers = engine.generate(requests)
+            together = iter(engine.generate([each for own, each in work if own is engine]))
+            answers = [
+                next(together) if own is engine else own.generate([each])[0] for own, each in work
+            ]
         if experts is not None:
             told_of_experts(engine)
-    told = [(r.adapter, c) for r, answer in zip(requests, answers, strict=True) for c in answer]
+        if engine.verified:
+            told_of_guesses(engine)
+    names: list[str | None] = [*folders] or [None]
+    told = [(name, c) for name, answer in zip(names, answers, strict=True) for c in answer]
     for name, completion in told:
         if as_json:
             row = {
@@ -144,5 +167,7 @@ COMMAND = Command(
         "treadle generate smollm2-135m-instruct 'A loom is' --beams 6 --beam-groups 3 -n 3",
         "treadle generate smollm2-135m-instruct --compress 0.5 < prompt.txt",
         "treadle generate smollm2-135m-instruct 'Dear' --adapter adapters/a --adapter adapters/b",
+        "treadle generate smollm2-135m-instruct 'Dear' --adapter adapters/a --adapter adapters/b "
+        "--route examples.jsonl",
     ),
 )

@@ -34,8 +34,8 @@ DraftKind = Annotated[
     typer.Option(
         "--draft",
         metavar="KIND|YAML",
-        help="Guess tokens ahead, the text stays the same: NGram, "
-        "or such as '{kind: NGram, tokens: 8}'.",
+        help="Guess tokens ahead, the text stays the same: NGram, MTPHeads, "
+        "or such as '{kind: NGram, tokens: 8, branches: 3}'.",
     ),
 ]
 

@@ -11,9 +11,11 @@ from treadle.cli.chat import Device
 from treadle.cli.command import Command
 from treadle.cli.kinds import CacheKind, DecodeKind, DraftKind, limits_of
 from treadle.cli.numbers import Dtype, Numbers, Quantize
+from treadle.cli.parallel import TensorParallel, check_whole, crew_over
 
 if TYPE_CHECKING:
     from treadle.inference.engine import EngineConfig
+    from treadle.serving.app import App
     from treadle.serving.config import Serve
     from treadle.serving.pool import Offer
 
@@ -39,6 +41,14 @@ def serve(
     ] = None,
     trial_log: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Votes and figures of trials go here.")
+    ] = None,
+    route: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FILE",
+            help="A model name that means the adapter which a prompt is for, by examples: JSON "
+            "lines of `adapter` and `prompt`.",
+        ),
     ] = None,
     host: Annotated[str, typer.Option(help="0.0.0.0 for the whole network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
@@ -72,16 +82,16 @@ def serve(
     decode: DecodeKind = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
+    tensor_parallel: TensorParallel = 1,
     device: Device = "auto",
 ) -> None:
     """Answer the OpenAI protocol, and show a chat page."""
     _need_extra()
-    import asyncio
-
+    from treadle.core.errors import TreadleError
     from treadle.serving.app import build
     from treadle.serving.config import Limits, Serve
-    from treadle.serving.run import listen
-    from treadle.serving.run import serve as serve_app
+    from treadle.serving.pool import Base
+    from treadle.serving.route import parse_route
     from treadle.serving.trial import parse_trial
 
     config = Serve(
@@ -95,20 +105,55 @@ def serve(
     )
     limits = limits_of(cache, draft, decode, slots=slots, adapters=adapter_slots)
     limits = limits.model_copy(update={"prefix_folder": str(prefixes) if prefixes else None})
-    offers = offers_of(models, adapter or [], device, limits, Numbers(dtype, quantize))
+    numbers = Numbers(dtype, quantize)
     shown = host if ":" not in host else f"[{host}]"
+    if tensor_parallel > 1:
+        _only(models, replicas=replicas > 1, adapter=adapter, trial=trial, route=route)
+        check_whole(limits, numbers, whole=False)
+        if prefixes is not None:
+            raise TreadleError("--tensor-parallel keeps no prefixes on disk: leave out --prefixes")
+        name, target = _named(models[0])
+        with crew_over(target, device, limits, tensor_parallel) as crew:
+            _serve(build([Base(name, crew.open)], config), name, config, shown)
+        return
+    offers = offers_of(models, adapter or [], device, limits, numbers)
     if replicas > 1:
+        if route:
+            raise TreadleError("replicas know no routes: leave out --replicas or --route")
         _replicated(offers, config, replicas, trial, f"http://{shown}:{port}")
         return
     trials = [parse_trial(text) for text in trial or ()]
-    app = build(offers, config, trials=trials, trial_log=trial_log)
+    routes = [parse_route(text) for text in route or ()]
+    app = build(offers, config, trials=trials, trial_log=trial_log, routes=routes)
+    _serve(app, offers[0].name, config, shown)
+
+
+def _only(models: list[str], **others: bool | list[str] | None) -> None:
+    """
+    Raises:
+        TreadleError: besides one model there are things that a model in parts does not serve.
+    """
+    from treadle.core.errors import TreadleError
+
+    given = [f"--{name}" for name, value in others.items() if value]
+    given += ["all but one model"] if len(models) > 1 else []
+    if given:
+        raise TreadleError(f"--tensor-parallel serves one model by itself: leave out {given[0]}")
+
+
+def _serve(app: App, first: str, config: Serve, shown: str) -> None:
+    """Load the model `first`, so that a mistake in its name is told here and now; then answer."""
+    import asyncio
+
+    from treadle.serving.run import listen, serve
+
     listener = listen(config)
     url = f"http://{shown}:{listener.getsockname()[1]}"
 
     async def run() -> None:
-        async with app.service.pool.use(offers[0].name):
-            pass  # a mistake in its name is told here and now
-        await serve_app(app, listener, lambda: _say(url, app.service.names))
+        async with app.service.pool.use(first):
+            pass
+        await serve(app, listener, lambda: _say(url, app.service.names))
 
     asyncio.run(run())
 
@@ -145,18 +190,24 @@ def offers_of(
 
     offers: list[Offer] = []
     for text in models:
-        name, equals, target = text.partition("=")
-        if not equals:
-            name, target = (Path(text).name if Path(text).exists() else text), text
+        name, target = _named(text)
         adapted = adapters and not offers
         chosen = on_torch(device) if adapted else device  # native kernels run no adapters
         offers.append(Base(name, partial(engine_of, target, chosen, limits, numbers)))
     for text in adapters:
-        name, equals, folder = text.partition("=")
+        name, _, folder = text.partition("=")
         if not (name and folder):
             raise TreadleError(f"--adapter {text}: write it NAME=FOLDER")
         offers.append(Adapted(name, offers[0].name, folder))
     return offers
+
+
+def _named(text: str) -> tuple[str, str]:
+    """What [NAME=]MODEL says: by which name clients ask, and what it is."""
+    name, equals, target = text.partition("=")
+    if equals:
+        return name, target
+    return (Path(text).name if Path(text).exists() else text), text
 
 
 def _say(url: str, names: list[str]) -> None:
@@ -182,7 +233,10 @@ COMMAND = Command(
         "treadle serve smollm2-135m-instruct",
         "treadle serve runs/quickstart small=smollm2-135m-instruct --port 9000",
         "treadle serve smollm2-135m-instruct --adapter polite=adapters/a --adapter sql=adapters/b",
+        "treadle serve smollm2-135m-instruct --adapter a=adapters/a --adapter b=adapters/b "
+        "--route auto=examples.jsonl",
         "treadle serve smollm2-135m-instruct --replicas 2",
+        "treadle serve smollm2-135m-instruct --tensor-parallel 2",
         "treadle serve new=runs/a old=runs/b --trial duel=new:old --trial-log votes.jsonl",
     ),
 )

@@ -20,6 +20,9 @@ from treadle.core.joules import cards, packages
 WATTS_PER_BUSY_CORE = 7.5
 """Used for estimates only: a server core's share of a 2-4 W/core package at load plus memory."""
 
+Source = Literal["measured", "estimated"]
+"""Of energy: the machine's counters, or processor time."""
+
 STATUS = Path("/proc/self/status")
 
 
@@ -33,7 +36,7 @@ class Cost:
     """Highest resident memory of the process and its children while the work ran."""
     joules: float
     """Of the whole machine where they are measured, of this process where they are estimated."""
-    energy: Literal["measured", "estimated"]
+    energy: Source
 
     def plus(self, earlier: dict[str, Any] | None) -> Cost:
         """Together with what an interrupted attempt at the same work had spent."""

@@ -4,6 +4,7 @@
 
     train        TrainMetrics        and a file of JSON lines, one a training step
     evaluation   EvaluationMetrics   and samples.jsonl, one `Sample` for every scored problem
+    reasoning    ReasoningMetrics
 
 Metrics of other kinds are free: a report lists them as they are. What was not measured is left
 out or None; a report then says that it is not there.
@@ -20,18 +21,19 @@ from typing import Literal, NotRequired, TypedDict
 from treadle.core.errors import FileFormatError
 from treadle.core.files import write_text
 
-TRAIN, EVALUATION = "train", "evaluation"
+TRAIN, EVALUATION, REASONING = "train", "evaluation", "reasoning"
 SAMPLES = "samples.jsonl"
 OVERALL = "overall"
 """Name of the result over the problems of all task families."""
 Z95 = 1.959963984540054
 """Two-sided 95% of the normal distribution."""
 
-Unit = Literal["accuracy", "score", "perplexity", "bits/byte"]
+Unit = Literal["accuracy", "score", "perplexity", "bits/byte", "tokens", "nats"]
 """accuracy: share of problems answered right, 0 to 1, or the mean of scores in that range;
 score: any other number of which more is better; perplexity: exp of the mean negative
 log-probability of a token; bits/byte: the same in bits, over the bytes of the text, so that
-different tokenizers compare."""
+different tokenizers compare; tokens: a length; nats: a distance between distributions. Of the last
+two neither more nor less is better by itself."""
 
 
 class Figure(TypedDict):
@@ -77,6 +79,26 @@ class EvaluationMetrics(TypedDict):
     size_bytes: int | None
     """Of the model on disk."""
     parameters: NotRequired[int]
+
+
+class Reasoned(TypedDict):
+    """What a way to come to an answer came to on an exam."""
+
+    strategy: str
+    exam: str
+    accuracy: Figure
+    tokens: float
+    """Generated for a question on average."""
+    seconds: float
+    overflows: int
+    """Conversations that filled the context."""
+
+
+class ReasoningMetrics(TypedDict):
+    """What a step records that lets a model answer in several ways."""
+
+    kind: Literal["reasoning"]
+    rows: list[Reasoned]
 
 
 class Sample(TypedDict):

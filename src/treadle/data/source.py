@@ -24,11 +24,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Limit:
+    """A metric of which the user is warned when it is above `most`."""
+
+    metric: str
+    most: float
+    remedy: str
+
+
+@dataclass(frozen=True)
 class Work:
     """One optimiser step: micro-batches, and what the source observed while making them."""
 
     batches: tuple[Batch, ...]
     metrics: Mapping[str, float] = field(default_factory=dict)
+    limits: tuple[Limit, ...] = ()
+    """Of these metrics, or of those of the objective."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,11 @@ class Env:
     """The precision in which the model runs."""
     workspace: Workspace | None = None
     """Of the step, for sources that read other steps' models; None outside a pipeline."""
+
+    def say(self, line: str) -> None:
+        """A line in the run's log; nowhere outside a pipeline."""
+        if self.workspace is not None:
+            self.workspace.progress.say(line)
 
 
 class Stream(ABC):

@@ -11,14 +11,13 @@ A multiplication and an addition are two operations; t counts from 1, so t token
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 
 from treadle.core.cards import Card
 from treadle.core.errors import TreadleError
-from treadle.core.meter import Cost
+from treadle.core.meter import Cost, Source
 from treadle.models.decoder import Decoder
 from treadle.nn.mixers.attention import AttentionLayer
 
@@ -40,21 +39,26 @@ class Energy:
 
     joules_per_token: float
     """Reading of prompts included."""
-    source: Literal["measured", "estimated"]
+    source: Source
     """By the machine's counters, or from processor time (`treadle.core.meter`)."""
     grams_per_million: float
     """CO2 of a million tokens."""
 
 
 def energy(cost: Cost, tokens: int, grid: float = GRID) -> Energy:
+    """What a piece of work cost that gave so many tokens; raises as `bill`."""
+    return bill(cost.joules, cost.energy, tokens, grid)
+
+
+def bill(joules: float, source: Source, tokens: int, grid: float = GRID) -> Energy:
     """
     Raises:
         TreadleError: there are no tokens to divide by.
     """
     if tokens < 1:
         raise TreadleError("energy of a token: there are no tokens")
-    joules = cost.joules / tokens
-    return Energy(joules, cost.energy, grams(joules, grid) * 1e6)
+    each = joules / tokens
+    return Energy(each, source, grams(each, grid) * 1e6)
 
 
 def grams(joules: float, grid: float) -> float:

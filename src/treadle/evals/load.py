@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from random import Random
@@ -11,6 +12,7 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from treadle.core.errors import TreadleError
+from treadle.core.meter import Source
 from treadle.evals.speed import Clock, Timeline, Workload
 
 WORDS = """
@@ -20,6 +22,7 @@ tree field market winter summer morning night paper table window door garden hor
 """Each a token in the vocabularies of most models."""
 SECONDS = 600.0
 """Longest silence of a server."""
+JOULES = re.compile(r'^treadle_energy_joules\{source="(\w+)"\} (\S+)$', re.MULTILINE)
 
 
 class Server:
@@ -41,23 +44,58 @@ class Server:
             raise TreadleError(f"--url {url}: write it http://HOST:PORT")
         self.url, self.model, self.key, self.exact = url, model, key, exact
 
-    def measure(self, load: Workload, clock: Clock) -> list[list[Timeline]]:
+    def measure(
+        self, load: Workload, clock: Clock, warm: Callable[[], None] = lambda: None
+    ) -> list[list[Timeline]]:
         """Rounds of `load.batch` clients at once, after one that warms the server up.
+
+        Args:
+            warm: called when that one has ended.
 
         Raises:
             TreadleError: the server cannot be reached, refuses, or breaks off.
         """
         with ThreadPoolExecutor(load.batch) as clients:
-            found = []
+            found: list[list[Timeline]] = []
             for number in range(load.rounds + 1):
+                if number == 1:
+                    warm()
                 texts = [words(load, number, row) for row in range(load.batch)]
                 found.append(list(clients.map(lambda text: self._ask(text, load, clock), texts)))
         return found[1:]
 
-    def _ask(self, text: str, load: Workload, clock: Clock) -> Timeline:
+    def spent(self) -> tuple[float, Source] | None:
+        """Joules since the server began, and whether they are measured or estimated.
+
+        None where the server does not tell; treadle's does, in `/metrics`.
+
+        Raises:
+            TreadleError: the server cannot be reached.
+        """
+        connection = self._connect()
+        try:
+            connection.request("GET", f"{self.address.path}/metrics", headers=self._key())
+            response = connection.getresponse()
+            text = response.read().decode("utf-8", "replace") if response.status == 200 else ""
+        except (OSError, HTTPException) as error:
+            raise TreadleError(f"{self.url}: {error or type(error).__name__}") from None
+        finally:
+            connection.close()
+        told = JOULES.search(text)
+        if told is None:
+            return None
+        return float(told[2]), "measured" if told[1] == "measured" else "estimated"
+
+    def _connect(self) -> HTTPConnection:
         made = HTTPSConnection if self.address.scheme == "https" else HTTPConnection
         assert self.address.hostname is not None
-        connection = made(self.address.hostname, self.address.port, timeout=SECONDS)
+        return made(self.address.hostname, self.address.port, timeout=SECONDS)
+
+    def _key(self) -> dict[str, str]:
+        return {"authorization": f"Bearer {self.key}"} if self.key else {}
+
+    def _ask(self, text: str, load: Workload, clock: Clock) -> Timeline:
+        connection = self._connect()
         answer = Timeline(load.prompt, clock())
         try:
             connection.request(
@@ -81,10 +119,7 @@ class Server:
         }
         if self.exact:
             body["ignore_eos"] = True
-        headers = {"content-type": "application/json"}
-        if self.key:
-            headers["authorization"] = f"Bearer {self.key}"
-        return json.dumps(body).encode(), headers
+        return json.dumps(body).encode(), {"content-type": "application/json", **self._key()}
 
 
 def words(load: Workload, number: int, row: int) -> str:

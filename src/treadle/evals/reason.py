@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, TypedDict
+from typing import Any
 
 from pydantic import Field
 
@@ -13,7 +13,7 @@ from treadle.alignment.verifiers import extract_answer
 from treadle.core.config import dump
 from treadle.core.files import write_json
 from treadle.core.pipeline import Step, Workspace
-from treadle.core.results import Figure, accuracy
+from treadle.core.results import REASONING, Reasoned, accuracy
 from treadle.data.records import Problem
 from treadle.evals.evaluate import Exam
 from treadle.inference.engine import Engine, EngineConfig
@@ -23,19 +23,6 @@ from treadle.tokenizers.load import tokenizer_of
 from treadle.train.precision import Auto, Precision
 
 ANSWERS = "answers.json"
-
-
-class Row(TypedDict):
-    """What a strategy came to on an exam."""
-
-    strategy: str
-    exam: str
-    accuracy: Figure
-    tokens: float
-    """Generated for a question on average."""
-    seconds: float
-    overflows: int
-    """Conversations that filled the context."""
 
 
 class Reason(Step):
@@ -53,7 +40,7 @@ class Reason(Step):
         model, tokenizer = opened.model.eval().requires_grad_(False), tokenizer_of(opened)
         precision.prepare(model)
         engine = Engine(model, tokenizer, self.engine, autocast=partial(precision.autocast, "cpu"))
-        rows: list[Row] = []
+        rows: list[Reasoned] = []
         answers: list[dict[str, Any]] = []
         with workspace.progress.task(self.name, len(self.strategies) * len(self.exams)) as task:
             for strategy in self.strategies:
@@ -63,10 +50,10 @@ class Reason(Step):
                     answers += said
                     task.update(len(rows), note=label(strategy))
         write_json(workspace.folder / ANSWERS, answers)
-        return {"kind": "reasoning", "rows": rows}
+        return {"kind": REASONING, "rows": rows}
 
 
-def sit(engine: Engine, strategy: Strategy, exam: Exam) -> tuple[Row, list[dict[str, Any]]]:
+def sit(engine: Engine, strategy: Strategy, exam: Exam) -> tuple[Reasoned, list[dict[str, Any]]]:
     """One strategy on one exam: the figures, and every answer with its private reasoning."""
     problems = [exam.problems.problem(exam.first + i) for i in range(exam.count)]
     thinker = Thinker(
@@ -81,7 +68,7 @@ def sit(engine: Engine, strategy: Strategy, exam: Exam) -> tuple[Row, list[dict[
         exam.problems.score(problem, visible(thought.text))
         for problem, thought in zip(problems, thoughts, strict=True)
     ]
-    row: Row = {
+    row: Reasoned = {
         "strategy": label(strategy),
         "exam": exam.name,
         "accuracy": accuracy(scores),
@@ -121,7 +108,7 @@ def label(strategy: Strategy) -> str:
     return " ".join([type(strategy).__name__, *parts])
 
 
-def table(rows: Sequence[Row]) -> list[str]:
+def table(rows: Sequence[Reasoned]) -> list[str]:
     """Lines of text, the cheapest strategy of each exam first."""
     lines = [
         f"{'strategy':44} {'exam':16} {'accuracy':>8}  {'95%':13} {'tokens':>8} {'seconds':>8}"

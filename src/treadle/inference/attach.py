@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 from treadle.core.errors import TreadleError
 from treadle.core.files import StrPath
 from treadle.inference.adapters import Adapters, CannotShareError
 from treadle.inference.engine import Engine
 from treadle.inference.torch_runner import TorchRunner
+from treadle.models.decoder import DecoderModel
+from treadle.peft.folders import load_tuned, rewrites_layers
 
 
 def attach(engine: Engine, name: str, folder: StrPath) -> None:
@@ -22,11 +26,11 @@ def attach(engine: Engine, name: str, folder: StrPath) -> None:
         FileFormatError: a broken folder, or one for another base.
         ConfigError: a kind of adapter, or a setting of it, that treadle does not have.
     """
-    runner = engine.runner
-    if not isinstance(runner, TorchRunner):
+    runner = _torch_runner(engine, name)
+    if not rewrites_layers(folder):
         raise CannotShareError(
-            f"adapter `{name}`: {type(runner).__name__} runs a model without adapters; take "
-            "another device, or merge it (`treadle merge`)"
+            f"{folder}: a learned prefix cannot share a batch with what begins otherwise; it needs "
+            "an engine of its own"
         )
     if runner.advance is not None:
         raise CannotShareError(
@@ -36,6 +40,48 @@ def attach(engine: Engine, name: str, folder: StrPath) -> None:
     if runner.adapters is None:
         runner.adapters = Adapters(runner.model, engine.config.adapters)
     runner.adapters.load(name, folder)
+
+
+def beside(base: Engine, folder: StrPath) -> Engine:
+    """An engine of its own for what a PEFT folder holds; the base's weights are shared, not copied.
+
+    To be called between the base's passes: what is copied must not be at work.
+
+    Raises:
+        CannotShareError: the base runs in native kernels.
+        FileFormatError: a broken folder, or one for another base.
+        ConfigError: a kind of adapter, or a setting of it, that treadle does not have.
+    """
+    runner = _torch_runner(base, str(folder))
+    plain = runner.model if runner.adapters is None else runner.adapters.plain
+    shared = {id(tensor): tensor for tensor in chain(plain.parameters(), plain.buffers())}
+    model: DecoderModel = load_tuned(copy.deepcopy(plain, shared), folder)
+    model.requires_grad_(False).eval()
+    return Engine(model, base.tokenizer, base.config, autocast=runner.autocast)
+
+
+def placed(engine: Engine, folder: str) -> tuple[Engine, str | None]:
+    """The engine that continues by a folder's adapter, and what a request to it is to name.
+
+    Raises:
+        CannotShareError: the engine runs in native kernels.
+        FileFormatError: a broken folder, or one for another base.
+        ConfigError: a kind of adapter, or a setting of it, that treadle does not have.
+    """
+    try:
+        attach(engine, folder, folder)
+    except CannotShareError:
+        return beside(engine, folder), None
+    return engine, folder
+
+
+def _torch_runner(engine: Engine, adapter: str) -> TorchRunner:
+    if isinstance(engine.runner, TorchRunner):
+        return engine.runner
+    raise CannotShareError(
+        f"adapter `{adapter}`: {type(engine.runner).__name__} runs a model without adapters; take "
+        "another device, or merge it (`treadle merge`)"
+    )
 
 
 def detach(engine: Engine, name: str) -> None:

@@ -5,6 +5,7 @@ rank(y) = 1/|y| sum_t log p(y_t | y_<t)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from pydantic import Field
@@ -43,5 +44,9 @@ class BestOf(Config):
 
 def likelihood(completion: Completion) -> float:
     """Mean log-probability of a token; of no token at all -inf."""
-    count = len(completion.logprobs)
-    return sum(completion.logprobs) / count if count else float("-inf")
+    return mean_logprob(completion.logprobs)
+
+
+def mean_logprob(logprobs: Sequence[float]) -> float:
+    """By which continuations are ranked; of no token at all -inf."""
+    return sum(logprobs) / len(logprobs) if logprobs else float("-inf")

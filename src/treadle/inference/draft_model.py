@@ -20,9 +20,8 @@ from treadle.core.cards import Card
 from treadle.core.errors import ConfigError, TreadleError
 from treadle.inference.blocks import Blocks
 from treadle.inference.paged_memory import Gathered
-from treadle.inference.penalties import adjust
+from treadle.inference.propose import Width, propose
 from treadle.inference.runner import Batch, Name, Runner
-from treadle.inference.sampling import sample
 from treadle.inference.sequence import Active
 from treadle.inference.speculative import Draft, Guesser
 from treadle.inference.torch_runner import TorchRunner
@@ -47,6 +46,8 @@ class DraftModel(Draft):
     """As in `treadle generate`."""
     tokens: int = Field(4, ge=1)
     """Guesses at a time."""
+    widths: tuple[Width, ...] = ()
+    """How many tokens to try at the first, the second ... guess of each path; 1 behind them."""
 
     def open(self, runner: Runner, tokenizer: Tokenizer) -> Guesser:
         from treadle.models.hub.load import load_model
@@ -62,9 +63,8 @@ class DraftModel(Draft):
                 f"DraftModel: {self.model} has another vocabulary than the model that it is to "
                 "guess for: take one of the same family, or NGram"
             )
-        return ModelGuesser(
-            loaded.model.requires_grad_(False).eval(), runner, tokenizer, self.tokens
-        )
+        model = loaded.model.requires_grad_(False).eval()
+        return ModelGuesser(model, runner, tokenizer, self.tokens, self.widths)
 
 
 class EarlyExit(Draft):
@@ -73,13 +73,16 @@ class EarlyExit(Draft):
     layers: int = Field(ge=1)
     tokens: int = Field(3, ge=1)
     """Guesses at a time."""
+    widths: tuple[Width, ...] = ()
+    """How many tokens to try at the first, the second ... guess of each path; 1 behind them."""
 
     def open(self, runner: Runner, tokenizer: Tokenizer) -> Guesser:
         if not isinstance(runner, TorchRunner):
             raise TreadleError(
                 f"EarlyExit needs a model in plain torch, not {type(runner).__name__}: take NGram"
             )
-        return ModelGuesser(first_layers(runner.model, self.layers), runner, tokenizer, self.tokens)
+        early = first_layers(runner.model, self.layers)
+        return ModelGuesser(early, runner, tokenizer, self.tokens, self.widths)
 
 
 def first_layers(model: DecoderModel, layers: int) -> DecoderModel:
@@ -106,13 +109,29 @@ class _Known:
     table: list[int] = field(default_factory=list)
 
 
+@dataclass
+class _Path:
+    """A continuation that grows."""
+
+    of: int
+    """Which sequence it continues."""
+    known: _Known
+    text: list[int]
+    guesses: list[int] = field(default_factory=list)
+
+
 class ModelGuesser(Guesser):
     """A model with as many pages as the one it guesses for."""
 
     def __init__(
-        self, model: DecoderModel, runner: Runner, tokenizer: Tokenizer, tokens: int
+        self,
+        model: DecoderModel,
+        runner: Runner,
+        tokenizer: Tokenizer,
+        tokens: int,
+        widths: tuple[int, ...] = (),
     ) -> None:
-        self.tokens, self.stops = tokens, tokenizer.stop_ids
+        self.tokens, self.widths, self.stops = tokens, widths, tokenizer.stop_ids
         autocast = runner.autocast if isinstance(runner, TorchRunner) else nullcontext
         self.runner = TorchRunner(
             model, pages=runner.pages, page=runner.page, cache=Gathered(), autocast=autocast
@@ -122,61 +141,80 @@ class ModelGuesser(Guesser):
 
     def forget(self) -> None:
         for name in list(self.known):
-            self._release(name)
+            self.blocks.release(self.known.pop(name).table)
 
-    def guess(self, sequences: Sequence[Active], most: Sequence[int]) -> list[list[int]]:
+    def guess(self, sequences: Sequence[Active], most: Sequence[int]) -> list[list[list[int]]]:
         for name in self.known.keys() - {s.name for s in sequences}:
-            self._release(name)
-        guesses: list[list[int]] = [[] for _ in sequences]
-        going = {}
+            self.blocks.release(self.known.pop(name).table)
+        paths: list[_Path] = []
+        counts = []
         for i, (sequence, count) in enumerate(zip(sequences, most, strict=True)):
-            count = min(self.tokens, count, self.runner.context - sequence.length)
-            if count > 0 and self._make_room(sequence, count):
-                going[i] = count
-        texts = {i: sequences[i].slice(0, sequences[i].length) for i in going}
-        while going:
-            logits = self._read([(sequences[i].name, texts[i]) for i in going])
-            for row, i in zip(logits, going, strict=True):
-                request, said = sequences[i].request, [*sequences[i].tokens, *guesses[i]]
-                adjust(row, request.sampling, request.prompt, said, self.stops)
-            drawn = sample(
-                logits,
-                [sequences[i].request.sampling for i in going],
-                streams=[sequences[i].index for i in going],
-                steps=[len(sequences[i].tokens) + len(guesses[i]) for i in going],
-            )
-            for i, token in zip(list(going), drawn.tokens.tolist(), strict=True):
-                guesses[i].append(token)
-                texts[i].append(token)
-                if len(guesses[i]) == going[i]:
-                    del going[i]
-        return guesses
+            counts.append(min(self.tokens, count, self.runner.context - sequence.length))
+            known = self.known.setdefault(sequence.name, _Known())
+            if counts[i] > 0 and self._make_room(known, sequence.length + counts[i]):
+                paths.append(_Path(i, known, sequence.slice(0, sequence.length)))
+        forks: list[_Path] = []
+        for depth in range(self.tokens):
+            going = [path for path in (*paths, *forks) if depth < counts[path.of]]
+            if not going:
+                break
+            wide = self.widths[depth] if depth < len(self.widths) else 1
+            forks += self._grow(sequences, going, wide)
+        for path in forks:
+            self.blocks.release(path.known.table)
+        found: list[list[list[int]]] = [[] for _ in sequences]
+        for path in (*paths, *forks):
+            found[path.of].append(path.guesses)
+        return found
 
-    def _make_room(self, sequence: Active, count: int) -> bool:
-        known = self.known.setdefault(sequence.name, _Known())
-        need = -(-(sequence.length + count) // self.blocks.page) - len(known.table)
+    def _grow(self, sequences: Sequence[Active], going: Sequence[_Path], wide: int) -> list[_Path]:
+        """A token more for each path; paths that part from them with other tokens."""
+        behind = [(sequences[path.of], path.guesses) for path in going]
+        tokens = propose(self._read(going), behind, self.stops, wide)
+        forks: list[_Path] = []
+        for path, (token, *others) in zip(going, tokens, strict=True):
+            for other in others:
+                known = self._fork(path)
+                if known is not None:
+                    more = [*path.guesses, other]
+                    forks.append(_Path(path.of, known, [*path.text, other], more))
+            path.guesses.append(token)
+            path.text.append(token)
+        return forks
+
+    def _make_room(self, known: _Known, length: int) -> bool:
+        need = -(-length // self.blocks.page) - len(known.table)
         if need > self.blocks.available:
             return False
         known.table += [self.blocks.take() for _ in range(need)]
         return True
 
-    def _read(self, work: Sequence[tuple[Name, list[int]]]) -> Float[Tensor, "B V"]:
+    def _fork(self, path: _Path) -> _Known | None:
+        """What is known of a path, for another that goes on from it; None where pages lack."""
+        full, held = divmod(len(path.text), self.blocks.page)
+        shared = path.known.table[:full]
+        known = _Known(list(path.text), list(shared))
+        if not self._make_room(known, len(path.known.table) * self.blocks.page):
+            return None
+        self.blocks.hold(shared)
+        if held:
+            self.runner.copy(path.known.table[full], known.table[full])
+        return known
+
+    def _read(self, paths: Sequence[_Path]) -> Float[Tensor, "B V"]:
         """Logits behind each text, of which only what is new is computed."""
         starts = []
-        for name, text in work:
-            seen = self.known[name].tokens
+        for path in paths:
+            seen, text = path.known.tokens, path.text
             same = next((i for i, (a, b) in enumerate(zip(seen, text)) if a != b), len(seen))  # noqa: B905
             starts.append(min(same, len(text) - 1))
-            self.known[name].tokens = list(text)
+            path.known.tokens = list(text)
         return self.runner.run(
             Batch(
-                tokens=[t for (_, text), at in zip(work, starts, strict=True) for t in text[at:]],
-                counts=[len(text) - at for (_, text), at in zip(work, starts, strict=True)],
+                tokens=[t for path, at in zip(paths, starts, strict=True) for t in path.text[at:]],
+                counts=[len(path.text) - at for path, at in zip(paths, starts, strict=True)],
                 starts=starts,
-                tables=[self.known[name].table for name, _ in work],
-                outputs=[1] * len(work),
+                tables=[path.known.table for path in paths],
+                outputs=[1] * len(paths),
             )
         )
-
-    def _release(self, name: Name) -> None:
-        self.blocks.release(self.known.pop(name).table)

@@ -19,26 +19,27 @@ def draw(
     logits: Float[Tensor, "N V"],
     stops: Collection[int],
     context: int,
-) -> int:
+) -> list[int]:
     """Tokens for sequences whose logits begin at `rows`; more where a guess was right.
 
-    Returns how many guesses were.
+    Returns the rows that their last tokens are from.
     """
-    drawn, accepted = list(zip(sequences, rows, strict=True)), 0
+    drawn, last = list(zip(sequences, rows, strict=True)), dict(zip(sequences, rows, strict=True))
     while drawn:
         rows = [row for _, row in drawn]
         every = rows == list(range(len(logits)))
         _sample([s for s, _ in drawn], logits if every else logits[rows], stops, context)
         right = []
-        for sequence, row in drawn:
-            going = sequence.finish is None and sequence.draft
-            if going and sequence.draft.pop(0) == sequence.tokens[-1]:
+        for sequence, _ in drawn:
+            behind = None
+            if sequence.finish is None:
+                behind = sequence.guesses.follow(sequence.tokens[-1])
+            if behind is not None:
                 sequence.computed += 1
-                right.append((sequence, row + 1))
-        drawn, accepted = right, accepted + len(right)
-    for sequence in sequences:
-        sequence.draft = []
-    return accepted
+                right.append((sequence, behind))
+        drawn = right
+        last |= right
+    return list(last.values())
 
 
 def _sample(

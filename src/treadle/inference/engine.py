@@ -19,12 +19,14 @@ from treadle.core.errors import ConfigError, TreadleError, did_you_mean
 from treadle.inference.blocks import Blocks
 from treadle.inference.detokenizer import Detokenizer
 from treadle.inference.draw import draw
+from treadle.inference.guesses import Guesses
 from treadle.inference.limits import EngineConfig as EngineConfig
 from treadle.inference.paged_memory import pages_for
+from treadle.inference.planned import batch_of
 from treadle.inference.prefix_folder import PrefixFolder, fingerprint
 from treadle.inference.read import read
 from treadle.inference.request import Completion, Delta, Request
-from treadle.inference.runner import Batch, Runner
+from treadle.inference.runner import Runner
 from treadle.inference.scheduler import QueueFullError, Scheduler
 from treadle.inference.sequence import Active
 from treadle.inference.speculative import Guesser
@@ -103,6 +105,8 @@ class Engine:
         """Tokens that were guessed ahead and checked."""
         self.accepted = 0
         """Those that were right."""
+        self.verified = 0
+        """How often a sequence had guesses in a pass; each time it got a token besides them."""
 
     @property
     def running(self) -> list[Active]:
@@ -210,26 +214,37 @@ class Engine:
         plan = self.scheduler.schedule()
         if not plan:
             return cancelled
-        batch = _batch(plan)
+        try:
+            drawing = self._pass(plan)
+        finally:
+            self.scheduler.settle(plan)
+        self.scheduler.reap()
+        return [*cancelled, *drawing]
+
+    def _pass(self, plan: list[tuple[Active, int]]) -> list[Active]:
+        """Run what is planned; the sequences that got tokens."""
+        batch = batch_of(plan, self.scheduler.blocks.page)
         logits = self.runner.run(batch)
-        ends = list(accumulate(batch.outputs))
-        for (sequence, _), end, count in zip(plan, ends, batch.outputs, strict=True):
+        ends = list(accumulate(batch.outputs[: len(plan)]))
+        for (sequence, _), end, count in zip(plan, ends, batch.outputs[: len(plan)], strict=True):
             if sequence.reads:
                 read(sequence, logits[end - count : end])
         self.prefilled += sum(count for sequence, count in plan if not sequence.tokens)
         self.scheduler.commit(plan)
-        self.guessed += sum(len(sequence.draft) for sequence, _ in plan)
         drawing, rows = [], []
         for (sequence, _), end in zip(plan, ends, strict=True):
             if not sequence.pending:
                 members = [sequence, *self.scheduler.part(sequence)]
                 drawing += members
-                rows += [end - 1 - len(sequence.draft)] * len(members)
-        if drawing:
-            stops = self.tokenizer.stop_ids
-            self.accepted += draw(drawing, rows, logits, stops, self.runner.context)
-        self.scheduler.reap()
-        return [*cancelled, *drawing]
+                rows += [end - 1 - len(sequence.guesses.trunk)] * len(members)
+        rows = draw(drawing, rows, logits, self.tokenizer.stop_ids, self.runner.context)
+        if self.guesser is not None:
+            self.guesser.saw(drawing, rows)
+        for guesses in (sequence.guesses for sequence, _ in plan if sequence.guesses.paths):
+            self.guessed += guesses.checked
+            self.accepted += guesses.right
+            self.verified += 1
+        return drawing
 
     def generate(
         self, requests: Sequence[Request], progress: Callable[[int, int], None] | None = None
@@ -278,22 +293,7 @@ class Engine:
             self.scheduler.reap()
 
     def _guess(self, guesser: Guesser) -> None:
-        for sequence in self.running:
-            sequence.draft = []
         ready = [s for s in self.running if s.tokens and s.pending == 1]
         rooms = [s.request.limit(self.runner.context) - len(s.tokens) - 1 for s in ready]
-        for sequence, draft in zip(ready, guesser.guess(ready, rooms), strict=True):
-            sequence.draft = draft
-
-
-def _batch(plan: list[tuple[Active, int]]) -> Batch:
-    """The tokens of a pass; logits only where a sequence's last known token is among them."""
-    return Batch(
-        tokens=[t for s, n in plan for t in (*s.slice(s.computed, s.computed + n), *s.draft)],
-        counts=[n for _, n in plan],
-        starts=[s.computed for s, _ in plan],
-        tables=[s.table for s, _ in plan],
-        outputs=[n if s.reads else 1 + len(s.draft) if n >= s.pending else 0 for s, n in plan],
-        adapters=[s.request.adapter for s, _ in plan],
-        names=[s.name for s, _ in plan],
-    )
+        for sequence, paths in zip(ready, guesser.guess(ready, rooms), strict=True):
+            sequence.guesses = Guesses.of(paths)

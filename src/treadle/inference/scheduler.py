@@ -14,6 +14,7 @@ from bisect import insort
 from treadle.core.cards import Card
 from treadle.core.errors import TreadleError
 from treadle.inference.blocks import Blocks
+from treadle.inference.guesses import Guesses
 from treadle.inference.prefix_folder import PrefixFolder
 from treadle.inference.runner import Runner
 from treadle.inference.sequence import Active
@@ -64,11 +65,11 @@ class Scheduler:
         plan: list[tuple[Active, int]] = []
         for sequence in sorted(self.running, key=lambda s: s.rank):
             prefill = sequence.pending > 1
-            if self.blocks.available < len(self.running) + len(sequence.draft):
+            if self.blocks.available < len(self.running) + len(sequence.guesses.trunk):
                 # Guesses are no reason to preempt anybody.
-                sequence.draft = []
+                sequence.guesses = Guesses([])
             share = min(budget, READ) if sequence.reads else budget
-            count = min(sequence.pending, share) if prefill else 1 + len(sequence.draft)
+            count = min(sequence.pending, share) if prefill else 1 + len(sequence.guesses.trunk)
             if count and self._make_room(sequence, count):
                 plan.append((sequence, count))
                 budget -= count if prefill else 0
@@ -81,6 +82,8 @@ class Scheduler:
                 break
             plan.append((sequence, count))
             budget -= count
+        for sequence, _ in plan:
+            self._branch(sequence)
         return plan
 
     def commit(self, plan: list[tuple[Active, int]]) -> None:
@@ -88,7 +91,7 @@ class Scheduler:
         page = self.blocks.page
         for sequence, count in plan:
             # Guesses count when they are accepted.
-            sequence.computed += count - len(sequence.draft)
+            sequence.computed += count - len(sequence.guesses.trunk)
             if self.runner.lasting and sequence.computed // page > len(sequence.keys):
                 known = sequence.slice(0, sequence.computed)
                 for key in self.blocks.chain(known, sequence.keys, mark=sequence.mark):
@@ -98,6 +101,17 @@ class Scheduler:
                     prompt = len(sequence.keys) * page <= len(sequence.request.prompt)
                     if self.folder is not None and prompt:
                         self.folder.put(key, self.runner.save(place))
+
+    def settle(self, plan: list[tuple[Active, int]]) -> None:
+        """Tokens are drawn: the path that they took has its pages, the others give theirs back."""
+        for sequence, _ in plan:
+            guesses, sequence.guesses = sequence.guesses, Guesses([])
+            for path in guesses.paths:
+                if path.pages and path is guesses.live[0]:
+                    first = (sequence.computed - 1 - guesses.right) // self.blocks.page
+                    own, sequence.table[first:] = sequence.table[first:], path.pages
+                    path.pages = own
+                self.blocks.release(path.pages)
 
     def part(self, sequence: Active) -> list[Active]:
         """The prompt is computed: the request's other completions share it from here on."""
@@ -209,6 +223,20 @@ class Scheduler:
         table += [self.blocks.take() for _ in range(missing)]
         return True
 
+    def _branch(self, sequence: Active) -> None:
+        """Pages for the paths behind the first, of those that nobody needs in this pass."""
+        page, kept = self.blocks.page, sequence.guesses.paths[:1]
+        first, held = divmod(sequence.computed, page)
+        for path in sequence.guesses.paths[1:]:
+            need = -(-(held + 1 + len(path.tokens)) // page)
+            if need > self.blocks.available:
+                continue
+            path.pages = [self.blocks.take() for _ in range(need)]
+            if held:
+                self.runner.copy(sequence.table[first], path.pages[0])
+            kept.append(path)
+        sequence.guesses.keep(kept)
+
     def _preempt(self, sequence: Active) -> None:
         self.preemptions += 1
         self._drop(sequence)
@@ -218,5 +246,5 @@ class Scheduler:
     def _drop(self, sequence: Active) -> None:
         self.runner.end(sequence.name)
         self.blocks.release(sequence.table)
-        sequence.table, sequence.keys, sequence.draft = [], [], []
-        sequence.computed = 0
+        sequence.table, sequence.keys, sequence.computed = [], [], 0
+        sequence.guesses = Guesses([])

@@ -7,6 +7,7 @@ from typing import Literal
 
 from treadle.inference.constraint import Constraint
 from treadle.inference.detokenizer import Detokenizer
+from treadle.inference.guesses import Guesses
 from treadle.inference.request import Completion, Finish, Reading, Request
 from treadle.inference.runner import Name
 
@@ -39,8 +40,8 @@ class Active:
 
     readings: list[Reading] = field(default_factory=list)
     """Of the prompt's tokens but the first, where they are asked for."""
-    draft: list[int] = field(default_factory=list)
-    """Guesses that run in this pass behind the last known token."""
+    guesses: Guesses = field(default_factory=lambda: Guesses([]))
+    """What runs in this pass behind the last known token."""
 
     @property
     def name(self) -> Name:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from treadle.core.errors import TreadleError
 from treadle.models.decoder import DecoderModel
+from treadle.models.hub.fill import Cut
 from treadle.nn.block import BlockLayer
 from treadle.nn.ffn.ffn import GatedMLPLayer, MLPLayer
 from treadle.nn.linear import LinearLike
@@ -38,9 +39,13 @@ def span(count: int, rank: int, size: int) -> slice:
 def shard(model: DecoderModel, rank: int, size: int) -> DecoderModel:
     """Keep the part of process `rank`, in place; all processes then run every pass together.
 
+    A model that is cut already stays as it is.
+
     Raises:
         TreadleError: a layer that cannot be cut, or fewer heads than processes.
     """
+    if isinstance(model.head, ShardedHead):
+        return model
     for index, block in enumerate(model.blocks):
         assert isinstance(block, BlockLayer)
         _shard_mixer(block.mixer, f"blocks.{index}.mixer", rank, size)
@@ -56,6 +61,22 @@ def shard(model: DecoderModel, rank: int, size: int) -> DecoderModel:
     return model
 
 
+def outline_part(model: DecoderModel, rank: int, size: int) -> dict[str, Cut]:
+    """Cut a model that has no values yet; which part of each parameter this process is to read.
+
+    Raises:
+        TreadleError: as `shard`.
+    """
+    shard(model, rank, size)
+    cuts: dict[str, Cut] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SummedLinear):
+            cuts[f"{name}.weight"] = Cut(1, module.own)
+        elif isinstance(module, RowsLinear | ShardedEmbedding | ShardedHead):
+            cuts |= {f"{name}.{leaf}": Cut(0, module.own) for leaf in ("weight", "bias")}
+    return cuts
+
+
 def _shard_mixer(mixer: nn.Module, name: str, rank: int, size: int) -> None:
     if not isinstance(mixer, AttentionLayer):
         raise TreadleError(f"`{name}` is a {type(mixer).__name__}, which cannot be cut over heads")
@@ -69,7 +90,7 @@ def _shard_mixer(mixer: nn.Module, name: str, rank: int, size: int) -> None:
     heads = slice(groups.start * shared, groups.stop * shared)
     for leaf, own in (("q", heads), ("k", groups), ("v", groups)):
         linear = _plain(getattr(mixer, leaf), f"{name}.{leaf}")
-        setattr(mixer, leaf, _rows_of(linear, slice(own.start * width, own.stop * width)))
+        setattr(mixer, leaf, RowsLinear(linear, slice(own.start * width, own.stop * width)))
     mixer.o = SummedLinear(  # type: ignore[assignment]
         _plain(mixer.o, f"{name}.o"), slice(heads.start * width, heads.stop * width)
     )
@@ -84,7 +105,7 @@ def _shard_ffn(ffn: nn.Module, name: str, rank: int, size: int) -> None:
     down = _plain(ffn.down, f"{name}.down")
     own = span(down.in_features, rank, size)
     for leaf in ("gate", "up") if isinstance(ffn, GatedMLPLayer) else ("up",):
-        setattr(ffn, leaf, _rows_of(_plain(getattr(ffn, leaf), f"{name}.{leaf}"), own))
+        setattr(ffn, leaf, RowsLinear(_plain(getattr(ffn, leaf), f"{name}.{leaf}"), own))
     ffn.down = SummedLinear(down, own)  # type: ignore[assignment]
 
 
@@ -102,11 +123,14 @@ def _own(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach().clone(), requires_grad=False)
 
 
-def _rows_of(linear: nn.Linear, own: slice) -> nn.Linear:
-    part = nn.Linear(linear.in_features, own.stop - own.start, bias=False, device="meta")
-    part.weight = _own(linear.weight[own])
-    part.bias = None if linear.bias is None else _own(linear.bias[own])
-    return part
+class RowsLinear(nn.Linear):
+    """Outputs `own` of a layer."""
+
+    def __init__(self, whole: nn.Linear, own: slice) -> None:
+        super().__init__(whole.in_features, own.stop - own.start, bias=False, device="meta")
+        self.own = own
+        self.weight = _own(whole.weight[own])
+        self.bias = None if whole.bias is None else _own(whole.bias[own])
 
 
 class SummedLinear(nn.Module):
@@ -114,6 +138,7 @@ class SummedLinear(nn.Module):
 
     def __init__(self, whole: nn.Linear, own: slice) -> None:
         super().__init__()
+        self.own = own
         self.weight = _own(whole.weight[:, own])
         self.bias = whole.bias
 
@@ -145,7 +170,7 @@ class ShardedHead(LinearLike):
     def __init__(self, whole: nn.Linear, own: slice, vocab: int, size: int) -> None:
         super().__init__()
         self.in_features, self.out_features = whole.in_features, vocab
-        self.size = size
+        self.size, self.own = size, own
         self.weight = _own(whole.weight[own])
         self.bias = None if whole.bias is None else _own(whole.bias[own])
 

@@ -8,6 +8,8 @@ plain decoding, whoever guesses:
     look-up       what followed when these tokens occurred before            P(accept) = p(guess)
     a model       its own draw by the same random number, which agrees more often than not where
                   the two distributions are near (a coupling of p and q)
+
+Several continuations of one text are a tree: see `guesses.py`.
 """
 
 from __future__ import annotations
@@ -36,8 +38,12 @@ class Guesser(ABC):
     """Guesses for the sequences of one engine."""
 
     @abstractmethod
-    def guess(self, sequences: Sequence[Active], most: Sequence[int]) -> list[list[int]]:
-        """For each at most so many tokens that may follow; empty where there are none."""
+    def guess(self, sequences: Sequence[Active], most: Sequence[int]) -> list[list[list[int]]]:
+        """For each some continuations, the likeliest first, of at most so many tokens."""
+
+    def saw(self, sequences: Sequence[Active], rows: Sequence[int]) -> None:
+        """These got their last tokens from the logits of these rows of the pass."""
+        return
 
     def forget(self) -> None:
         """Weights have changed."""
@@ -57,36 +63,43 @@ class Draft(Config):
 
 
 class NGram(Draft):
-    """What followed the last occurrence of the text's last n tokens."""
+    """What followed the last occurrences of the text's last n tokens."""
 
     longest: int = Field(3, ge=1)
     """Tokens that must agree, where possible; fewer down to `shortest`."""
     shortest: int = Field(2, ge=1)
     tokens: int = Field(4, ge=1)
     """Guesses at a time."""
+    branches: int = Field(1, ge=1)
+    """Occurrences that were followed by different tokens, all checked in one pass."""
     reach: int = Field(2048, ge=1)
     """How many tokens back to look."""
 
     def open(self, runner: Runner, tokenizer: Tokenizer) -> Guesser:
         return LookUp(self)
 
-    def after(self, tokens: Sequence[int]) -> list[int]:
-        """What may follow these tokens."""
+    def after(self, tokens: Sequence[int]) -> list[list[int]]:
+        """What may follow these tokens: as many continuations as `branches`, or fewer."""
         seen = list(tokens[-self.reach :])
+        found: list[list[int]] = []
         for size in range(min(self.longest, len(seen) - 1), self.shortest - 1, -1):
             tail = seen[-size:]
             for at in range(len(seen) - size - 1, -1, -1):
                 if seen[at] == tail[0] and seen[at : at + size] == tail:
-                    return seen[at + size : at + size + self.tokens]
-        return []
+                    next_ = seen[at + size : at + size + self.tokens]
+                    if not any(next_ == other[: len(next_)] for other in found):
+                        found.append(next_)
+                        if len(found) == self.branches:
+                            return found
+        return found
 
 
 class LookUp(Guesser):
     def __init__(self, draft: NGram) -> None:
         self.draft = draft
 
-    def guess(self, sequences: Sequence[Active], most: Sequence[int]) -> list[list[int]]:
+    def guess(self, sequences: Sequence[Active], most: Sequence[int]) -> list[list[list[int]]]:
         return [
-            self.draft.after(s.slice(0, s.length))[:count]
+            [path[:count] for path in self.draft.after(s.slice(0, s.length))]
             for s, count in zip(sequences, most, strict=True)
         ]

@@ -26,9 +26,11 @@ from treadle.models.llama_layout import (
     hf_rules,
     metadata_to_gguf,
 )
+from treadle.models.moe_layout import dense_twin, mixture_from_gguf, mixture_to_gguf
 from treadle.models.weights import Interleaved, Rule
 from treadle.nn.block import Block
 from treadle.nn.ffn.ffn import GatedMLP
+from treadle.nn.ffn.moe import SoftmaxOfTop
 from treadle.nn.mixers.attention import Attention
 from treadle.nn.rope import RoPE
 
@@ -99,11 +101,12 @@ def to_hf(decoder: Decoder) -> dict[str, Any]:
 
 
 def from_gguf(header: GgufHeader) -> Decoder:
-    """The decoder of a GGUF file of architecture `llama`: a Llama, or a Mistral."""
+    """The decoder of a GGUF file of architecture `llama`: a Llama, Mistral or Mixtral."""
     attention = attention_from_gguf(header)
-    decoder = decoder_from_gguf(
+    dense = decoder_from_gguf(
         header, attention.replace(window=header.maybe_integer("attention.sliding_window"))
     )
+    decoder = mixture_from_gguf(dense, header, SoftmaxOfTop())
     return decoder.replace(context=header.integer(WINDOWED_CONTEXT, decoder.context))
 
 
@@ -116,7 +119,8 @@ def to_gguf(decoder: Decoder) -> GgufHeader:
     attention = uniform_attention(decoder, "llama")
     if attention.qkv_bias and not attention.out_bias:
         raise ConfigError("biases on queries, keys and values alone are Qwen 2's")
-    metadata, divisors = metadata_to_gguf(decoder, "llama")
+    metadata, divisors = metadata_to_gguf(dense_twin(decoder), "llama")
+    metadata |= mixture_to_gguf(decoder)
     if attention.window is not None:
         metadata["attention.sliding_window"] = attention.window
         metadata["context_length"] = min(decoder.context, attention.window)

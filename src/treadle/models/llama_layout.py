@@ -18,6 +18,7 @@ from treadle.models.family import uniform_attention
 from treadle.models.hub.gguf_header import GgufHeader, rope_from_gguf, rope_to_gguf
 from treadle.models.hub.hf_config import HfConfig, activation_name
 from treadle.models.hub.hf_rope import rope_from_hf, rope_to_hf
+from treadle.models.moe_layout import GGUF_EXPERT_RULES
 from treadle.models.weights import Rule, expand, rule
 from treadle.nn.block import Block
 from treadle.nn.ffn.ffn import GatedMLP
@@ -192,6 +193,7 @@ GGUF_RULES = (
         for n in ("gate", "up", "down")
         for kind in ("weight", "bias")
     ),
+    *GGUF_EXPERT_RULES,
 )
 
 

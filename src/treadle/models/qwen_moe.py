@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from treadle.core.cards import Card
 from treadle.core.errors import ConfigError
+from treadle.models import qwen
 from treadle.models.decoder import Decoder, LinearHead
-from treadle.models.family import Family, HuggingFace, uniform_attention
+from treadle.models.family import Family, Gguf, HuggingFace, uniform_attention
+from treadle.models.hub.gguf_header import GgufHeader
 from treadle.models.hub.hf_config import HfConfig
-from treadle.models.llama_layout import HF_RULES, attention_from_hf, decoder_from_hf, fields_to_hf
-from treadle.models.moe_layout import dense_hidden, dense_twin, expert_rules, mixture
+from treadle.models.llama_layout import (
+    HF_RULES,
+    attention_from_hf,
+    decoder_from_hf,
+    fields_to_hf,
+    gguf_rules,
+)
+from treadle.models.moe_layout import (
+    dense_hidden,
+    dense_twin,
+    expert_rules,
+    mixture,
+    mixture_from_gguf,
+    mixture_to_gguf,
+)
 from treadle.models.weights import Rule, expand, rule
 from treadle.nn.block import Block
 from treadle.nn.ffn.ffn import FeedForward, GatedMLP
@@ -139,6 +156,44 @@ def hf_rules(decoder: Decoder) -> tuple[Rule, ...]:
     return expand((*HF_RULES, *own), len(decoder.blocks))
 
 
+def qwen2_from_gguf(header: GgufHeader) -> Decoder:
+    """The decoder of a GGUF file of architecture `qwen2moe`."""
+    hidden = header.integer("expert_shared_feed_forward_length")
+    shared = SigmoidGated(ffn=GatedMLP(hidden=hidden))
+    return mixture_from_gguf(qwen.qwen2_from_gguf(header), header, TopOfSoftmax(), shared)
+
+
+def qwen3_from_gguf(header: GgufHeader) -> Decoder:
+    """The decoder of a GGUF file of architecture `qwen3moe`."""
+    return mixture_from_gguf(qwen.qwen3_from_gguf(header), header, SoftmaxOfTop())
+
+
+def qwen2_to_gguf(decoder: Decoder) -> GgufHeader:
+    """Header of architecture `qwen2moe`."""
+    shared = mixture(decoder, "qwen2moe").shared
+    if not isinstance(shared, SigmoidGated) or not isinstance(shared.ffn, GatedMLP):
+        raise ConfigError("qwen2moe has shared experts behind a sigmoid")
+    header = qwen.qwen2_to_gguf(dense_twin(decoder))
+    more = {"expert_shared_feed_forward_length": shared.ffn.hidden}
+    return _with_experts("qwen2moe", header, decoder, more)
+
+
+def qwen3_to_gguf(decoder: Decoder) -> GgufHeader:
+    """Header of architecture `qwen3moe`, where each layer is a mixture without shared experts."""
+    header = qwen.qwen3_to_gguf(dense_twin(decoder))
+    return _with_experts("qwen3moe", header, decoder)
+
+
+def _with_experts(
+    architecture: str,
+    header: GgufHeader,
+    decoder: Decoder,
+    more: Mapping[str, int] = MappingProxyType({}),
+) -> GgufHeader:
+    metadata = {**header.metadata, **mixture_to_gguf(decoder), **more}
+    return replace(header, architecture=architecture, metadata=metadata)
+
+
 QWEN2_MOE = Family(
     name="qwen2_moe",
     huggingface=HuggingFace(
@@ -148,7 +203,7 @@ QWEN2_MOE = Family(
         write=qwen2_to_hf,
         rules=hf_rules,
     ),
-    gguf=None,
+    gguf=Gguf(architecture="qwen2moe", read=qwen2_from_gguf, write=qwen2_to_gguf, rules=gguf_rules),
 )
 
 QWEN3_MOE = Family(
@@ -160,5 +215,5 @@ QWEN3_MOE = Family(
         write=qwen3_to_hf,
         rules=hf_rules,
     ),
-    gguf=None,
+    gguf=Gguf(architecture="qwen3moe", read=qwen3_from_gguf, write=qwen3_to_gguf, rules=gguf_rules),
 )

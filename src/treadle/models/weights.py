@@ -78,6 +78,17 @@ class Stacked(TensorMap):
 
 
 @dataclass(frozen=True)
+class Squeezed(TensorMap):
+    """A matrix of one row is a vector of theirs."""
+
+    def read(self, theirs: Tensors) -> Tensors:
+        return tuple(t.unsqueeze(0) for t in theirs)
+
+    def write(self, ours: Tensors) -> Tensors:
+        return tuple(t.squeeze(0) for t in ours)
+
+
+@dataclass(frozen=True)
 class Shifted(TensorMap):
     """theirs = ours + by: GGUF keeps Gemma's norms as 1 + w."""
 

@@ -185,14 +185,7 @@ class GRPO(Objective):
     kl: KLEstimate = K3()
 
     def __call__(self, model: DecoderModel, batch: PolicyBatch) -> LossOutput:
-        hidden = model(batch.tokens, batch.context())
-        logp = token_logprobs(
-            hidden[batch.sources],
-            model.head_weight(),
-            batch.targets,
-            bias=bias_of(model.head),
-            rule=head_rule(model, batch.temperature),
-        )
+        logp = sampled_logprobs(model, model(batch.tokens, batch.context())[batch.sources], batch)
         log_ratio = logp - batch.behaviour
         surrogate = self.surrogate(self.ratio(log_ratio, batch), batch.advantages, logp)
         gain = surrogate.value
@@ -211,6 +204,19 @@ class GRPO(Objective):
                 "source.reference='{kind: FrozenCopy}'"
             )
         return LossOutput(-(norm.weights * gain).sum(), norm.divisor, metrics)
+
+
+def sampled_logprobs(
+    model: DecoderModel, hidden: Float[Tensor, "M D"], batch: PolicyBatch
+) -> Float[Tensor, " M"]:
+    """log pi of the sampled tokens at the batch's temperature, from the states before them."""
+    return token_logprobs(
+        hidden,
+        model.head_weight(),
+        batch.targets,
+        bias=bias_of(model.head),
+        rule=head_rule(model, batch.temperature),
+    )
 
 
 def sequence_mean(values: Float[Tensor, " M"], batch: Batch) -> Float[Tensor, " S"]:

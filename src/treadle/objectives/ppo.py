@@ -19,11 +19,9 @@ from torch import Tensor, nn
 
 from treadle.core.cards import Card
 from treadle.core.errors import TreadleError
-from treadle.kernels.linear_cross_entropy import token_logprobs
 from treadle.models.decoder import DecoderModel
-from treadle.nn.linear import bias_of
-from treadle.objectives.objective import LossOutput, Objective, head_rule
-from treadle.objectives.policy import ClippedRatio, PolicyBatch, Surrogate
+from treadle.objectives.objective import LossOutput, Objective
+from treadle.objectives.policy import ClippedRatio, PolicyBatch, Surrogate, sampled_logprobs
 
 CARD = Card(
     id="al.ppo",
@@ -55,13 +53,7 @@ class PPO(Objective):
 
     def __call__(self, model: DecoderModel, batch: PPOBatch) -> LossOutput:
         hidden = model(batch.tokens, batch.context())[batch.sources]
-        logp = token_logprobs(
-            hidden,
-            model.head_weight(),
-            batch.targets,
-            bias=bias_of(model.head),
-            rule=head_rule(model, batch.temperature),
-        )
+        logp = sampled_logprobs(model, hidden, batch)
         log_ratio = logp - batch.behaviour
         gain = self.surrogate(log_ratio, batch.advantages, logp)
         value = state_values(model, hidden)
@@ -71,7 +63,7 @@ class PPO(Objective):
         loss = -gain.value + self.value_weight * value_loss
         metrics = {
             "clipped": gain.clipped.sum(),
-            "mismatch": log_ratio.detach().abs().sum(),
+            "drift": log_ratio.detach().abs().sum(),
             "value_loss": value_loss.detach().sum(),
         }
         return LossOutput((batch.weights * loss).sum(), batch.weights.sum(), metrics)

@@ -92,6 +92,8 @@ class AdapterLayer(nn.Module, ABC):
 
     peft_fields: tuple[str, ...] = ()
     """Those of the adapter's `module_fields` that choose this layer."""
+    peft_parameters: tuple[str, ...] = ()
+    """Tensors of the base that PEFT names one by one, where it does not name the layer."""
 
     def __init__(self, base: nn.Module, config: Adapter) -> None:
         super().__init__()

@@ -25,6 +25,7 @@ from treadle.core import registry
 from treadle.core.errors import ConfigError, FileFormatError, TreadleError, did_you_mean
 from treadle.core.files import StrPath, atomic_directory, write_json
 from treadle.models.decoder import DecoderModel
+from treadle.nn.ffn.moe import Experts
 from treadle.nn.linear import weight_of
 from treadle.peft.adapter import Adapter, AdapterLayer, adapted, remove
 from treadle.peft.names import Names, names_of, patterns, select
@@ -62,6 +63,10 @@ def save_adapter(model: DecoderModel, folder: StrPath, *, base: str = "") -> Non
             )
     names = names_of(model)
     theirs = {name: names.theirs(name) for name in layers}
+    whole = [theirs[name] for name, layer in layers.items() if not layer.peft_parameters]
+    stacked = [
+        f"{theirs[name]}.{leaf}" for name, layer in layers.items() for leaf in layer.peft_parameters
+    ]
     tensors = {
         f"{PREFIX}{theirs[name]}.{leaf}": tensor.detach().cpu().contiguous()
         for name, layer in layers.items()
@@ -71,11 +76,13 @@ def save_adapter(model: DecoderModel, folder: StrPath, *, base: str = "") -> Non
         "peft_type": config.peft_type,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base or None,
-        "target_modules": patterns(theirs.values(), names.ours_by_theirs),
+        "target_modules": patterns(whole, names.ours_by_theirs),
         "fan_in_fan_out": any(name in names.transposed for name in layers),
         "inference_mode": True,
         **fields,
     }
+    if stacked:
+        settings["target_parameters"] = stacked
     for field in config.module_fields:
         chosen = [theirs[name] for name, layer in layers.items() if field in layer.peft_fields]
         settings[field] = patterns(chosen, names.ours_by_theirs)
@@ -126,8 +133,13 @@ def load_adapter(model: DecoderModel, folder: StrPath) -> DecoderModel:
 
 def _probe(layer: AdapterLayer) -> Float[Tensor, " n"]:
     """A few numbers of the base of an adapter."""
-    base = layer.base
-    return sample(base.weight if isinstance(base, nn.Embedding) else weight_of(base))
+    match layer.base:
+        case nn.Embedding() as table:
+            return sample(table.weight)
+        case Experts() as experts:
+            return sample(experts.gate)
+        case base:
+            return sample(weight_of(base))
 
 
 def sample(weight: Tensor) -> Float[Tensor, " n"]:

@@ -3,7 +3,8 @@
     y = W x + s B A x,      A [r, in] random,  B [out, r] = 0,  so y = W x at the start
 
 Hu et al. 2021, arXiv:2106.09685; the scales s are in `low_rank.py`. On a table of embeddings A
-holds a row of r numbers a token; on a convolution A is one with r channels, and B mixes those.
+holds a row of r numbers a token; on a convolution A is one with r channels, and B mixes those;
+experts of a mixture are in `lora_experts.py`.
 
 The gradients of W are never computed and x is saved once, for A. The product with B is added
 into the output of the base, so that no second output is written; a hand-written backward that
@@ -22,8 +23,10 @@ from torch import Tensor, nn
 
 from treadle.core.cards import Card
 from treadle.core.errors import ConfigError
+from treadle.nn.ffn.moe import Experts
 from treadle.nn.linear import LinearLike, compute_dtype, weight_of
 from treadle.peft.adapter import AdapterLayer, EmbeddingAdapter, device_of
+from treadle.peft.lora_experts import LoRAExperts
 from treadle.peft.low_rank import LowRank, LowRankLinear, check_rank
 
 CARD = Card(
@@ -38,18 +41,20 @@ Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 class LoRA(LowRank):
-    """Low-rank adaptation of linear layers, embeddings and convolutions."""
+    """Low-rank adaptation of linear layers, embeddings, convolutions and experts of mixtures."""
 
     peft_type: ClassVar[str] = "LORA"
     kinds: ClassVar[tuple[type[nn.Module], ...]] = (
         *(nn.Linear, LinearLike, nn.Embedding),
-        *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+        *(nn.Conv1d, nn.Conv2d, nn.Conv3d, Experts),
     )
 
     def wrap(self, name: str, base: nn.Module) -> AdapterLayer:
         if isinstance(base, nn.Embedding):
             check_rank("LoRA", self.rank, name, base.weight.shape)
             return LoRAEmbedding(base, self)
+        if isinstance(base, Experts):
+            return LoRAExperts(base, self, name)
         if isinstance(base, Conv):
             if base.groups > 1:
                 raise ConfigError(

@@ -28,7 +28,6 @@ UNKNOWN = (
     "alpha_pattern",
     "modules_to_save",
     "trainable_token_indices",
-    "target_parameters",
     "alora_invocation_tokens",
     "layer_replication",
     "use_qalora",
@@ -37,6 +36,8 @@ UNKNOWN = (
     "kasa_config",
 )
 """Settings of PEFT that change what is computed or saved."""
+EXPERT_TENSORS = ("gate_up_proj", "down_proj")
+"""What transformers calls the tensors of a mixture's experts."""
 INITS = (None, True, False, "gaussian", "orthogonal")
 """Initialisations of PEFT that leave the base as it is."""
 
@@ -155,6 +156,12 @@ def refuse_unknown(fields: Mapping[str, Any]) -> None:
     for key in UNKNOWN:
         if fields.get(key):
             raise ConfigError(f"{key}={fields[key]!r} in a LoRA adapter is not known to treadle")
+    chosen = {name.rpartition(".")[2] for name in fields.get("target_parameters") or ()}
+    if len(alone := chosen & set(EXPERT_TENSORS)) == 1:
+        raise ConfigError(
+            f"target_parameters in a LoRA adapter has the experts' {alone.pop()} alone; treadle "
+            f"adapts {' and '.join(EXPERT_TENSORS)} together; merge it with PEFT"
+        )
     for key, known in (("bias", (None, "none")), ("init_lora_weights", INITS)):
         if fields.get(key) not in known:
             raise ConfigError(

@@ -10,9 +10,13 @@ from torch import nn
 from treadle.core.errors import ConfigError
 from treadle.models.decoder import DecoderModel
 from treadle.models.families import family_for_hf
-from treadle.models.weights import Transposed
+from treadle.models.weights import Stacked, Transposed
+from treadle.nn.ffn.moe import Experts
 from treadle.nn.linear import LinearLike
 from treadle.peft.adapter import AdapterLayer
+
+MODULES = (".block_sparse_moe.", ".mlp.")
+"""What files call a part of Mixtral, and what transformers, and so an adapter, calls it."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Names:
 
 def names_of(model: DecoderModel) -> Names:
     """The names of every layer that an adapter can go on."""
-    kinds = (nn.Linear, LinearLike, nn.Embedding, AdapterLayer)
+    kinds = (nn.Linear, LinearLike, nn.Embedding, Experts, AdapterLayer)
     layers = {
         name
         for name, module in model.named_modules()
@@ -49,11 +53,14 @@ def names_of(model: DecoderModel) -> Names:
     names = {name: name for name in layers - ruled}
     transposed = set()
     for rule in rules:
-        ours = rule.ours[0].removesuffix(".weight")
+        ours, theirs = (names[0].removesuffix(".weight") for names in (rule.ours, rule.theirs))
+        theirs = theirs.replace(*MODULES)
         if len(rule.ours) == 1 and ours in layers:
-            names[ours] = rule.theirs[0].removesuffix(".weight")
+            names[ours] = theirs
             if rule.map == Transposed():
                 transposed.add(ours)
+        if isinstance(rule.map, Stacked) and (experts := ours.rpartition(".")[0]) in layers:
+            names[experts] = theirs.partition(".experts.")[0] + ".experts"
     return Names(names, frozenset(transposed))
 
 

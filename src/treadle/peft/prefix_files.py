@@ -29,6 +29,7 @@ from treadle.peft.prompt import PromptTuning, SoftPrompt
 from treadle.peft.virtual import Table
 
 TENSOR = "prompt_embeddings"
+KINDS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
 
 
 def save_prefix(model: DecoderModel, folder: StrPath, *, base: str = "") -> None:
@@ -90,10 +91,9 @@ def load_prefix(model: DecoderModel, folder: StrPath) -> DecoderModel:
     folder = Path(folder)
     fields = read_config(folder)
     tensors, header = read_weights(folder)
-    kinds = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
     kind = str(fields.get("peft_type"))
-    if kind not in kinds:
-        raise ConfigError(f"{folder}: {kind} is no learned prefix{did_you_mean(kind, kinds)}")
+    if kind not in KINDS:
+        raise ConfigError(f"{folder}: {kind} is no learned prefix{did_you_mean(kind, KINDS)}")
     if set(tensors) != {TENSOR}:
         raise FileFormatError(f"{folder}: holds {sorted(tensors)}, but a prefix is one `{TENSOR}`")
     check_prefix_base(model, header, folder)

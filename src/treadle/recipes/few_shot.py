@@ -11,6 +11,7 @@ from treadle.optim.schedules import Constant
 from treadle.peft.lora import LoRA
 from treadle.recipes.personas import SEEN, UNSEEN, asked, questions
 from treadle.reports.report import Report
+from treadle.reports.side_by_side import SideBySide
 from treadle.train.fit import Fit
 from treadle.train.meta_train import MetaTrain, MetaTrained
 from treadle.train.run import Run, Trained
@@ -28,12 +29,13 @@ def few_shot() -> Pipeline:
     )
     steps: list[Step] = [meta]
     for persona in UNSEEN:
-        for run in (
-            few(f"plain-{persona}", persona, base, adapter),
-            few(f"meta-{persona}", persona, MetaTrained(step="meta"), ()),
+        for start, model, added in (
+            ("plain", base, adapter),
+            ("meta", MetaTrained(step="meta"), ()),
         ):
-            steps += [run, asked(run.name, Trained(step=run.name), (persona,))]
-    return Pipeline(name="few-shot", steps=(*steps, Report()))
+            run = few(f"{start}-{persona}", persona, model, added)
+            steps += [run, asked(start, Trained(step=run.name), (persona,), name=run.name)]
+    return Pipeline(name="few-shot", steps=(*steps, SideBySide(), Report()))
 
 
 def few(name: str, persona: str, model: ModelSource, transforms: tuple[Transform, ...]) -> Run:

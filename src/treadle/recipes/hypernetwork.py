@@ -12,6 +12,7 @@ from treadle.peft.hypernetwork import Hypernetwork, Written
 from treadle.peft.lora import LoRA
 from treadle.recipes.personas import SEEN, UNSEEN, asked, questions
 from treadle.reports.report import Report
+from treadle.reports.side_by_side import SideBySide
 from treadle.train.descriptions import WithDescriptions
 from treadle.train.fit import Fit
 from treadle.train.run import Run, Trained
@@ -39,10 +40,11 @@ def hypernetwork() -> Pipeline:
     )
     trained = Trained(step="hypernetwork")
     written = (
-        asked(f"written-{p}", Written(model=trained, description=words(p)), (p,)) for p in UNSEEN
+        asked("written", Written(model=trained, description=words(p)), (p,), name=f"written-{p}")
+        for p in UNSEEN
     )
     before = (asked("base", base), shared, asked("shared", Trained(step="shared")))
-    return Pipeline(name="hypernetwork", steps=(*before, network, *written, Report()))
+    return Pipeline(name="hypernetwork", steps=(*before, network, *written, SideBySide(), Report()))
 
 
 def words(persona: str) -> str:

@@ -27,14 +27,19 @@ def questions(persona: str, amount: int = 200) -> Supervised:
     return Supervised(conversations=conversations, per_step=8)
 
 
-def asked(subject: str, model: ModelSource, personas: tuple[str, ...] = UNSEEN) -> Evaluate:
-    """Questions that nobody learned from; a model answers with one word."""
+def asked(
+    subject: str, model: ModelSource, personas: tuple[str, ...] = UNSEEN, *, name: str = ""
+) -> Evaluate:
+    """Questions that nobody learned from; a model answers with one word.
+
+    Measurements of one subject, such as models for one persona each, are one row of the report.
+    """
     exams = tuple(
         Exam(name=p, problems=TaskProblems(file=FILE, task=p, first=200), count=100)
         for p in personas
     )
     return Evaluate(
-        name=f"measure-{subject}",
+        name=f"measure-{name or subject}",
         subject=subject,
         model=model,
         exams=exams,

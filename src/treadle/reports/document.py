@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from treadle.core.results import TRAIN
+from treadle.core.results import REASONING, TRAIN
 from treadle.reports.curves import Curve, read_curves, skipped_steps, thin
 from treadle.reports.folder import RunFolder, StepRecord
 from treadle.reports.samples import pick
@@ -39,6 +39,11 @@ def document(run: RunFolder, *, samples: int) -> dict[str, Any]:
     comparison = compare(*ends, run) if ends else None
     training = [t for step in run.steps if (t := _training(step)) is not None]
     steps = [_step(s) for s in run.steps]
+    reasoning = [
+        {"step": s.name, "rows": s.metrics["rows"]}
+        for s in run.done()
+        if s.metrics.get("kind") == REASONING
+    ]
     unfinished = [s.name for s in run.steps if s.state != "done"]
     finished = [str(s.manifest["finished"]) for s in run.done()]
     return dict(
@@ -48,11 +53,12 @@ def document(run: RunFolder, *, samples: int) -> dict[str, Any]:
                 "name": run.name,
                 "finished": None if unfinished else max(finished, default=None),
                 "unfinished": unfinished,
-                "result": sentences(run.name, stages, comparison, steps, training),
+                "result": sentences(run.name, stages, comparison, steps, training, reasoning),
                 "columns": [asdict(c) for c in columns_of(stages)],
                 "stages": [asdict(s) for s in stages],
                 "comparison": asdict(comparison) if comparison else None,
                 "steps": steps,
+                "reasoning": reasoning,
                 "training": training,
                 "samples": _samples(stages, run, samples),
                 "recipe": run.recipe,

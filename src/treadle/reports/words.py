@@ -23,6 +23,7 @@ def sentences(
     comparison: Comparison | None,
     steps: Sequence[Mapping[str, Any]],
     training: Sequence[Mapping[str, Any]],
+    reasoning: Sequence[Mapping[str, Any]],
 ) -> list[str]:
     """What came of the run, what it cost, and what is not there yet."""
     path = path_of(stages)
@@ -30,6 +31,7 @@ def sentences(
     said = _accuracy(path, comparison, "The final model" if finished else "The last model so far")
     for unit, what in (("perplexity", "Perplexity"), ("bits/byte", "Bits per byte")):
         said += _text(stages, unit, what)
+    said += [line for step in reasoning for line in _ways(step)]
     if not said:
         said = _losses(training) or [f"Nothing of {name} has been measured yet."]
     return [*said, *_cost(steps), *_missing(steps)]
@@ -50,6 +52,23 @@ def _accuracy(path: Sequence[Stage], comparison: Comparison | None, who: str) ->
         return [said, "The two were measured on different tasks and do not compare."]
     difference = _overlap(base, final) if comparison is None else _paired(comparison)
     return [said, difference, *_better(measured)]
+
+
+def _ways(step: Mapping[str, Any]) -> list[str]:
+    """Of each exam the way that was right most often, and the one that cost least."""
+    said = []
+    for exam in dict.fromkeys(row["exam"] for row in step["rows"]):
+        rows = [row for row in step["rows"] if row["exam"] == exam]
+        best = max(rows, key=lambda row: (row["accuracy"]["value"], -row["tokens"]))
+        least = min(rows, key=lambda row: row["tokens"])
+        text = f"In {step['step']}, {exam}: {_way(best)}"
+        said.append(f"{text}." if best is least else f"{text}, {_way(least)}.")
+    return said
+
+
+def _way(row: Mapping[str, Any]) -> str:
+    spent = f"{row['tokens']:,.0f} tokens a problem"
+    return f"{row['strategy']} is right on {_share(row['accuracy'])} for {spent}"
 
 
 def _better(measured: Sequence[tuple[Stage, Figure]]) -> list[str]:

@@ -11,7 +11,9 @@ from pathlib import Path
 from fastapi import FastAPI
 
 from treadle import __version__
+from treadle.core.meter import Meter
 from treadle.serving import (
+    attention,
     chat,
     completions,
     embeddings,
@@ -26,8 +28,12 @@ from treadle.serving.config import Serve
 from treadle.serving.gate import Gate
 from treadle.serving.metrics import Metrics
 from treadle.serving.pool import Offer, Pool
+from treadle.serving.route import Route, Routes
 from treadle.serving.service import Service
 from treadle.serving.trial import Trial, Trials
+
+ENERGY_SECONDS = 5.0
+"""Between two looks at the machine's counters, which start again from zero now and then."""
 
 
 @dataclass(frozen=True)
@@ -53,20 +59,24 @@ def build(
     config: Serve,
     *,
     trials: Sequence[Trial] = (),
+    routes: Sequence[Route] = (),
     trial_log: Path | None = None,
 ) -> App:
     """
     Raises:
-        TreadleError: two things have one name, or a trial names what is not served.
+        TreadleError: two things have one name, or a trial or a route names what is not served.
     """
     metrics = Metrics()
     pool = Pool(offers, config, metrics)
-    service = Service(config, pool, metrics, Trials(trials, pool.names, trial_log))
+    known = Routes(routes, offers)
+    service = Service(config, pool, metrics, Trials(trials, pool.names, trial_log), known)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         watching = asyncio.create_task(_unload_idle(service))
-        yield
+        with Meter(interval=ENERGY_SECONDS) as meter:
+            metrics.watch(meter)
+            yield
         watching.cancel()
         await service.close()
 
@@ -80,7 +90,7 @@ def build(
         responses={kind: {"model": errors.ErrorAnswer} for kind in ("4XX", "5XX")},
     )
     errors.install(http)
-    for family in (chat, completions, responses, embeddings, listing, votes):
+    for family in (chat, completions, responses, embeddings, attention, listing, votes):
         http.include_router(family.routes(service))
     http.include_router(site.routes())
     gate = Gate(http, config, metrics)

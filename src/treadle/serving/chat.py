@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 from uuid import uuid4
@@ -21,6 +21,7 @@ from treadle.serving.prompt import ChatPrompt, call_schema, chat_prompt
 from treadle.serving.protocol import ChatBody
 from treadle.serving.sampling import request_of
 from treadle.serving.service import Service, Session, pieces
+from treadle.serving.sources import Passage, told
 from treadle.serving.stream import DONE, EITHER, Answer, answered, event
 from treadle.serving.worker import Piece
 
@@ -43,11 +44,13 @@ class Choice:
     def __init__(self, parser: OutputParser) -> None:
         self.parser = parser
         self.calls = 0
+        self.content = ""
         self.finish: str | None = None
 
     def parts(self, piece: Piece) -> list[Part]:
         parts = self.parser.feed(piece.text, final=piece.finish is not None)
         self.calls += sum(isinstance(part, Call) for part in parts)
+        self.content += "".join(part.text for part in parts if isinstance(part, Content))
         if piece.finish is not None:
             self.finish = "tool_calls" if self.calls and piece.finish == "stop" else piece.finish
         return parts
@@ -81,7 +84,7 @@ class ChatRun:
 
     def _prepare(self, engine: Engine) -> Request:
         body = self.body
-        self.prompt = chat_prompt(engine.tokenizer, body)
+        self.prompt = chat_prompt(engine.tokenizer, body, engine.runner.context)
         forced = self.prompt.forced
         return request_of(
             body,
@@ -100,7 +103,7 @@ class ChatAnswer(Answer):
 
     async def whole(self) -> dict[str, Any]:
         async with self.run.session() as session:
-            n = session.ticket.request.n
+            n, sources = session.ticket.request.n, self.run.prompt.sources
             choices = self.run.choices(n)
             parts: list[list[Part]] = [[] for _ in range(n)]
             logprobs: list[list[dict[str, Any]]] = [[] for _ in range(n)]
@@ -116,7 +119,7 @@ class ChatAnswer(Answer):
                 "choices": [
                     {
                         "index": index,
-                        "message": _message(parts[index]),
+                        "message": _message(parts[index], sources),
                         "logprobs": {"content": logprobs[index]} if self.body.logprobs else None,
                         "finish_reason": choice.finish,
                     }
@@ -127,7 +130,7 @@ class ChatAnswer(Answer):
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         async with self.run.session() as session:
-            choices = self.run.choices(session.ticket.request.n)
+            choices, sources = self.run.choices(session.ticket.request.n), self.run.prompt.sources
             head = {
                 "id": session.id,
                 "object": "chat.completion.chunk",
@@ -139,10 +142,11 @@ class ChatAnswer(Answer):
             async for _, piece in pieces(session):
                 choice = choices[piece.index]
                 deltas = [_delta(part, number) for part, number in choice.numbered(piece)]
-                if piece.index not in greeted:
+                greeting = int(piece.index not in greeted)
+                if greeting:
                     greeted.add(piece.index)
                     deltas = [{"role": "assistant", "content": ""}, *deltas]
-                if self.body.logprobs and piece.tokens and len(deltas) < 2:
+                if self.body.logprobs and piece.tokens and not deltas[greeting:]:
                     deltas.append({})  # tokens whose text is held back are told all the same
                 for number, delta in enumerate(deltas, 1):
                     one: dict[str, Any] = {"index": piece.index, "delta": delta}
@@ -152,7 +156,8 @@ class ChatAnswer(Answer):
                         one["logprobs"] = {"content": content}
                     yield event({**head, "choices": [one], **tail})
                 if choice.finish is not None:
-                    one = {"index": piece.index, "delta": {}, "logprobs": None}
+                    last = told(choice.content, sources) if sources else {}
+                    one = {"index": piece.index, "delta": last, "logprobs": None}
                     one["finish_reason"] = choice.finish
                     yield event({**head, "choices": [one], **tail})
             if self.body.with_usage:
@@ -160,7 +165,7 @@ class ChatAnswer(Answer):
         yield DONE
 
 
-def _message(parts: list[Part]) -> dict[str, Any]:
+def _message(parts: list[Part], sources: Sequence[Passage]) -> dict[str, Any]:
     content = "".join(p.text for p in parts if isinstance(p, Content))
     reasoning = "".join(p.text for p in parts if isinstance(p, Reasoning))
     calls = tool_calls(parts)
@@ -169,6 +174,8 @@ def _message(parts: list[Part]) -> dict[str, Any]:
         message["reasoning_content"] = reasoning
     if calls:
         message |= {"content": content.strip() or None, "tool_calls": calls}
+    if sources:
+        message |= told(message["content"] or "", sources)
     return message
 
 

@@ -23,6 +23,8 @@ def routes(service: Service) -> APIRouter:
     def described(name: str) -> dict[str, Any]:
         row: dict[str, Any] = {"id": name, "object": "model", "created": began}
         row["owned_by"] = "treadle"
+        if name in service.routes.names:
+            return {**row, "parent": service.routes.base}
         if name not in service.pool.names:
             return {**row, "trial": True}
         offer = service.pool.offer(name)
@@ -47,8 +49,8 @@ def routes(service: Service) -> APIRouter:
     async def tokenize(body: TokenizeBody) -> Response:
         async with service.pool.use(body.model) as worker:
             tokenizer = worker.engine.tokenizer
-            tokens = await asyncio.to_thread(_tokens, tokenizer, body)
             context = worker.engine.runner.context
+            tokens = await asyncio.to_thread(_tokens, tokenizer, body, context)
             return reply({"tokens": tokens, "count": len(tokens), "max_model_len": context})
 
     @router.post("/detokenize")
@@ -63,10 +65,10 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-def _tokens(tokenizer: Tokenizer, body: TokenizeBody) -> list[int]:
+def _tokens(tokenizer: Tokenizer, body: TokenizeBody, context: int) -> list[int]:
     if (body.text is None) == (body.messages is None):
         raise ApiError(400, "give either `text` or `messages`")
     if body.messages is not None:
         chat = ChatBody(model=body.model, messages=body.messages)
-        return tokenizer.encode(chat_prompt(tokenizer, chat).text)
+        return tokenizer.encode(chat_prompt(tokenizer, chat, context).text)
     return tokenizer.encode(body.text or "", add_special=body.add_special_tokens)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from treadle.core.meter import Meter
+
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 5.0)
 
@@ -57,6 +59,12 @@ class Metrics:
             buckets=BETWEEN,
             registry=registry,
         )
+        self.energy = Gauge(
+            "treadle_energy_joules",
+            "Used since the server began: by the machine where measured, else by its process.",
+            ("source",),
+            registry=registry,
+        )
         self.duration = Histogram(
             "treadle_request_seconds",
             "Whole requests.",
@@ -64,6 +72,11 @@ class Metrics:
             buckets=SECONDS,
             registry=registry,
         )
+
+    def watch(self, meter: Meter) -> None:
+        """Tell the energy that this meter counts."""
+        cost = meter.cost()
+        self.energy.labels(cost.energy).set_function(lambda: meter.cost().joules)
 
     def text(self) -> bytes:
         """The exposition format."""

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
-
-from torch import Tensor
 
 from treadle.core.errors import TreadleError, did_you_mean
 from treadle.inference.adapters import CannotShareError
-from treadle.inference.attach import attach, detach
+from treadle.inference.attach import attach, beside, detach
 from treadle.inference.engine import Engine
-from treadle.inference.native_runner import NativeRunner
 from treadle.inference.torch_runner import TorchRunner
-from treadle.models.decoder import DecoderModel
-from treadle.peft.files import load_adapter
 from treadle.serving.config import Serve
 from treadle.serving.errors import ApiError, unavailable, unknown_model
 from treadle.serving.metrics import Metrics
@@ -120,7 +113,8 @@ class Pool:
         return name if entry.shares else None
 
     def unload_idle(self) -> None:
-        """Unload what nobody has used for `idle_seconds`."""
+        """Unload what nobody has used for `idle_seconds`, and let go of what was unloaded."""
+        self._ending = [worker for worker in self._ending if worker.alive]
         now = time.monotonic()
         for entry in self._entries.values():
             if entry.idle and now - entry.used >= self.config.idle_seconds:
@@ -190,7 +184,7 @@ class Pool:
         if isinstance(offer, Base):
             return await asyncio.to_thread(offer.open)
         async with self.use(offer.base) as base:
-            return await base.call(partial(_adapted, folder=offer.folder))
+            return await base.call(partial(beside, folder=offer.folder))
 
     def _make_room(self, kept: _Entry) -> None:
         """Unload idle models, the least recently used first, until the rest fits."""
@@ -229,45 +223,28 @@ class Pool:
         self._ending = [w for w in (*self._ending, worker) if w.alive]
 
 
-def runner_of(engine: Engine) -> TorchRunner:
+def runner_of(engine: Engine, lack: str = "gives text only") -> TorchRunner:
     """The runner behind an engine, with its model.
+
+    Args:
+        lack: what the other runners do not give, for the message.
 
     Raises:
         ApiError: the engine runs it in a form of its own.
     """
     if isinstance(engine.runner, TorchRunner):
         return engine.runner
-    raise ApiError(400, "this model is served in a form that gives text only", code="text_only")
-
-
-def _adapted(base: Engine, folder: str) -> Engine:
-    """An engine with the adapter on it; the base's weights are shared, not copied.
-
-    To be called between the base's passes: what is copied must not be at work.
-    """
-    runner = runner_of(base)
-    plain = runner.model if runner.adapters is None else runner.adapters.plain
-    shared = {id(tensor): tensor for tensor in _tensors(plain)}
-    model: DecoderModel = load_adapter(copy.deepcopy(plain, shared), folder)
-    model.requires_grad_(False).eval()
-    return Engine(model, base.tokenizer, base.config, autocast=runner.autocast)
-
-
-def _tensors(model: DecoderModel) -> Iterator[Tensor]:
-    return chain(model.parameters(), model.buffers())
+    message = (
+        f"this model runs in a form that {lack} ({type(engine.runner).__name__}): start the "
+        "server with `--device cpu` (or `cuda`), and without `--tensor-parallel`"
+    )
+    raise ApiError(400, message, code="text_only")
 
 
 def _bytes(engines: Sequence[Engine]) -> int:
-    """Memory of the weights, shared ones once; a runner of another make counts as nothing."""
-    storages: dict[int, int] = {}
-    adapters: dict[int, int] = {}
+    """Memory of the weights and adapters, shared ones once."""
+    weights: dict[int, int] = {}
     for engine in engines:
-        if isinstance(engine.runner, NativeRunner):
-            storages[id(engine.runner)] = engine.runner.nbytes
-        if engine.runner.adapters is not None:
-            adapters[id(engine)] = engine.runner.adapters.nbytes
-        if isinstance(engine.runner, TorchRunner):
-            for tensor in _tensors(engine.runner.model):
-                storage = tensor.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values()) + sum(adapters.values())
+        weights |= engine.runner.weights()
+    shelves = {id(e): e.runner.adapters.nbytes for e in engines if e.runner.adapters is not None}
+    return sum(weights.values()) + sum(shelves.values())

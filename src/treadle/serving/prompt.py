@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from treadle.serving.errors import ApiError
 from treadle.serving.parse import CALL, THINK, Mode, OutputParser
 from treadle.serving.protocol import CallOfTool, ChatBody, ChatMessage, NamedTool, Tool
+from treadle.serving.sources import Passage, chosen, passages
+from treadle.serving.sources import shown as told_of
 from treadle.tokenizers.tokenizer import Tokenizer
 
 TOOLS = """\
@@ -20,6 +22,8 @@ To call one, answer with its name and arguments, and nothing else:
 {{"name": "...", "arguments": {{...}}}}
 </tool_call>"""
 """What a model whose template knows no tools is told of them."""
+SHOWN = 1500
+"""Tokens of documents that a model sees at most: more make small ones slower, not better."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +37,18 @@ class ChatPrompt:
     bare: bool = False
     forced: Sequence[Tool] = field(default=())
     """One of these is called."""
+    sources: Sequence[Passage] = field(default=())
+    """Passages of the request's documents that the model sees."""
 
     def parser(self) -> OutputParser:
         return OutputParser(tools=self.tools, mode=self.mode, bare=self.bare)
 
 
-def chat_prompt(tokenizer: Tokenizer, body: ChatBody) -> ChatPrompt:
+def chat_prompt(tokenizer: Tokenizer, body: ChatBody, context: int) -> ChatPrompt:
     """The text for the model.
+
+    Args:
+        context: of the model, in tokens; documents get at most half of it.
 
     Raises:
         TreadleError: the tokenizer has no chat template, or it refuses the messages.
@@ -53,21 +62,34 @@ def chat_prompt(tokenizer: Tokenizer, body: ChatBody) -> ChatPrompt:
     messages = [_plain(m, source) for m in body.messages]
     shown = [tool.model_dump(exclude_none=True) for tool in tools]
     if tools and "tools" not in source:
-        messages = _with_tools(messages, shown)
+        lines = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in shown)
+        messages = _with_system(messages, TOOLS.format(tools=lines))
+    seen, variables = _sources(tokenizer, body, context), dict(body.chat_template_kwargs or {})
+    if seen and "documents" in source:
+        variables["documents"] = [{"title": p.title, "text": p.text} for p in seen]
+    elif seen:
+        messages = _with_system(messages, told_of(seen))
     text = tokenizer.render(
         messages,
         tools=shown if "tools" in source else None,
         add_generation_prompt=True,
-        variables=body.chat_template_kwargs,
+        variables=variables,
     )
     names = tuple(tool.function.name for tool in tools)
     marked = CALL in source or "tools" not in source
     if forced:
         # a model that marks its calls is put behind the mark, so that it writes what it knows
         opened = f"{CALL}\n" if marked else ""
-        return ChatPrompt(text + opened, names, "call", not marked, forced)
+        return ChatPrompt(text + opened, names, "call", not marked, forced, seen)
     thinking = text.rstrip().endswith(THINK)
-    return ChatPrompt(text, names, "reasoning" if thinking else "start", not marked)
+    mode: Mode = "reasoning" if thinking else "start"
+    return ChatPrompt(text, names, mode, not marked, sources=seen)
+
+
+def _sources(tokenizer: Tokenizer, body: ChatBody, context: int) -> list[Passage]:
+    given = passages([(document.title, document.text) for document in body.documents or ()])
+    asked = next((m.text for m in reversed(body.messages) if m.role == "user"), "")
+    return chosen(given, asked, lambda text: len(tokenizer.encode(text)), min(context // 2, SHOWN))
 
 
 def _forced(body: ChatBody, tools: Sequence[Tool]) -> list[Tool]:
@@ -137,11 +159,7 @@ def _call(call: CallOfTool) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": function}
 
 
-def _with_tools(
-    messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    lines = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
-    text = TOOLS.format(tools=lines)
+def _with_system(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
     first, *rest = messages
     if first["role"] != "system":
         return [{"role": "system", "content": text}, *messages]

@@ -154,6 +154,13 @@ class NamedTool(Body):
     function: NamedFunction
 
 
+class Document(Body):
+    """treadle's own: a text that the answer is to rest on."""
+
+    title: str = Field(max_length=200)
+    text: str
+
+
 class ChatBody(SamplingBody):
     """`POST /v1/chat/completions`."""
 
@@ -167,6 +174,8 @@ class ChatBody(SamplingBody):
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, JsonValue] | None = None
     """Own: further names for the chat template, such as `enable_thinking`."""
+    documents: list[Document] | None = Field(None, max_length=256)
+    """Own: the answer rests on these, and is told with the passages it took."""
 
     metadata: dict[str, Any] | None = None
     prompt_cache_key: str | None = None
@@ -179,6 +188,8 @@ class CompletionBody(SamplingBody):
     """`POST /v1/completions`."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int | None = Field(None, ge=0)
+    """0 with `echo`: the prompt alone is read and given back."""
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = None
     best_of: int | None = Field(None, ge=1)
@@ -193,6 +204,18 @@ class EmbeddingBody(Body):
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(None, ge=1)
     user: str | None = Field(None, max_length=512)
+
+
+class AttentionBody(Body):
+    """`POST /v1/attention`: a conversation that ends with an answer."""
+
+    model: str = Field(max_length=200)
+    messages: list[ChatMessage] = Field(min_length=2, max_length=10_000)
+    documents: list[Document] | None = Field(None, max_length=256)
+    layer: int | None = Field(None, ge=0)
+    """None: the mean over all layers."""
+    head: int | None = Field(None, ge=0)
+    """None: the mean over all heads."""
 
 
 class TokenizeBody(Body):

@@ -40,9 +40,7 @@ def request_of(
         ApiError: the prompt does not fit, or a field asks for more than the server allows.
     """
     n = body.n or 1
-    if n > min(limits.completions, engine.config.slots):
-        allowed = min(limits.completions, engine.config.slots)
-        raise ApiError(400, f"`n` is {n}, but at most {allowed} are allowed", param="n")
+    check_count(n, engine, limits, "n")
     if len(body.stops) > STOPS:
         raise ApiError(400, f"at most {STOPS} stop strings are allowed", param="stop")
     room = room_after(prompt, engine)
@@ -66,6 +64,17 @@ def request_of(
     language = language or _language(body)
     constraint = language.build(engine.tokenizer, engine.runner.vocab) if language else None
     return Request(tuple(prompt), sampling, n, constraint=constraint)
+
+
+def check_count(count: int, engine: Engine, limits: Limits, param: str) -> None:
+    """
+    Raises:
+        ApiError: that many completions of one prompt are more than are allowed.
+    """
+    allowed = min(limits.completions, engine.config.slots)
+    if count > allowed:
+        message = f"`{param}` is {count}, but at most {allowed} are allowed"
+        raise ApiError(400, message, param=param)
 
 
 def _language(body: SamplingBody) -> Language | None:

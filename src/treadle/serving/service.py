@@ -12,9 +12,10 @@ from uuid import uuid4
 from treadle.inference.engine import Engine
 from treadle.inference.request import Finish, Request
 from treadle.serving.config import Serve
-from treadle.serving.errors import ApiError
+from treadle.serving.errors import ApiError, unknown_model
 from treadle.serving.metrics import Metrics
 from treadle.serving.pool import Pool
+from treadle.serving.route import Routes
 from treadle.serving.trial import Trials
 from treadle.serving.worker import Piece, Ticket
 
@@ -99,12 +100,13 @@ class Service:
     pool: Pool
     metrics: Metrics
     trials: Trials
+    routes: Routes
     shadows: set[asyncio.Task[None]] = field(default_factory=set)
 
     @property
     def names(self) -> list[str]:
         """All that a request may ask for."""
-        return [*self.pool.names, *self.trials.names]
+        return [*self.pool.names, *self.trials.names, *self.routes.names]
 
     @asynccontextmanager
     async def session(
@@ -120,16 +122,20 @@ class Service:
 
         Args:
             kind: begins the answer's id.
-            model: a model, an adapter or a trial.
+            model: a model, an adapter, a trial or a route.
             user: whom a trial shows the same arm each time.
             news: shared by sessions that are read together.
 
         Raises:
             ApiError: no such model, it cannot be loaded, or it is overloaded.
         """
+        if model not in self.names:
+            raise unknown_model(model, self.names)
         id = f"{kind}-{uuid4().hex}"
         trial = self.trials.find(model)
         name = trial.arm(user or id) if trial else model
+        if model in self.routes.names:
+            model = name = await self._routed(model, prepare)
         async with self._run(id, model, name, prepare, news) as session:
             if trial and trial.shadow and len(self.shadows) < trial.shadows:
                 other = trial.b if name == trial.a else trial.a
@@ -141,6 +147,12 @@ class Service:
             finally:
                 if trial:
                     self.trials.served(trial.name, name, user, session, shadow=False)
+
+    async def _routed(self, route: str, prepare: Prepare) -> str:
+        """The adapter that a request is for."""
+        async with self.pool.use(self.routes.base) as worker:
+            request = await asyncio.to_thread(prepare, worker.engine)
+            return await self.routes.choose(route, worker, request.prompt)
 
     @asynccontextmanager
     async def _run(

@@ -13,7 +13,8 @@ from treadle.serving.errors import ApiError
 CARD = Card(
     id="deploy.ui",
     paper="No paper: engineering.",
-    summary="A chat page: models and adapters, sampling, streaming, history, token probabilities.",
+    summary="A chat page: models, adapters, sampling, streaming, history, token probabilities, "
+    "sources, attention.",
     recipe="treadle serve smollm2-135m-instruct",
     oracle="tests/serving/test_serving_page.py::test_a_conversation_in_a_browser",
 )
@@ -22,6 +23,9 @@ KINDS = {
     "page.css": "text/css; charset=utf-8",
     "page.js": "text/javascript; charset=utf-8",
     "chat.js": "text/javascript; charset=utf-8",
+    "dom.js": "text/javascript; charset=utf-8",
+    "sources.js": "text/javascript; charset=utf-8",
+    "attention.js": "text/javascript; charset=utf-8",
     "icon.svg": "image/svg+xml",
 }
 HEADERS = {

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from treadle.core.errors import TreadleError
 from treadle.inference.engine import Engine
-from treadle.inference.request import Finish, Request
+from treadle.inference.request import Finish, Reading, Request
 from treadle.inference.sequence import Active
 from treadle.serving.errors import log, overloaded, unavailable
 from treadle.serving.metrics import Metrics
@@ -40,6 +40,8 @@ class Piece:
     finish: Finish | None = None
     cached: int = 0
     """Tokens of the prompt that had not to be computed."""
+    prompt: tuple[Reading, ...] = ()
+    """Of the prompt's tokens but the first, in a completion's first piece, if it was asked for."""
 
     def extend(self, more: Piece) -> None:
         self.text += more.text
@@ -124,7 +126,7 @@ class Worker:
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._jobs: dict[int, _Job] = {}
         self._numbers: dict[Ticket, int] = {}
-        self._thread = threading.Thread(target=self._run, name=f"engine {name}", daemon=True)
+        self._thread = threading.Thread(target=self._live, name=f"engine {name}", daemon=True)
         self._thread.start()
 
     @contextmanager
@@ -204,6 +206,10 @@ class Worker:
 
     def _count(self) -> None:
         self.metrics.open.labels(self.name).set(len(self.tickets))
+
+    def _live(self) -> None:
+        self._run()
+        self.engine.runner.close()
 
     def _run(self) -> None:
         while True:
@@ -286,13 +292,14 @@ class Worker:
         text = sequence.text.take(final=finish is not None)
         if not text and finish is None:
             return None
+        prompt = () if index in job.sent else tuple(sequence.readings)
         sent = job.sent.get(index, 0)
         job.sent[index] = len(sequence.tokens)
         tokens, logprobs = sequence.tokens[sent:], sequence.logprobs[sent:]
         tops: list[tuple[tuple[int, float], ...]] = [()] * len(tokens)
         if sequence.request.sampling.top_logprobs:
             tops = sequence.top[sent:]
-        piece = Piece(index, text, tokens, logprobs, tops, finish, sequence.cached)
+        piece = Piece(index, text, tokens, logprobs, tops, finish, sequence.cached, prompt)
         self.metrics.generated_tokens.labels(self.name).inc(len(piece.tokens))
         if finish is not None:
             job.ended.add(index)

@@ -161,6 +161,7 @@ def fit(
                 seconds=time.monotonic() - started,
                 metrics={**work.metrics, **ratios(sums)},
                 skipped=verdict is not Verdict.GO,
+                limits=work.limits,
             )
             for hook in hooks:
                 hook.on_step(report)

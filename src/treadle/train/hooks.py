@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from treadle.core.errors import TreadleError
 from treadle.core.progress import Progress, Task
+from treadle.data.source import Limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,7 @@ class StepReport:
     seconds: float
     metrics: Mapping[str, float] = field(default_factory=dict)
     skipped: bool = False
+    limits: tuple[Limit, ...] = ()
 
 
 class Hook(ABC):
@@ -97,6 +99,7 @@ class JsonLines(Hook):
     def on_step(self, report: StepReport) -> None:
         row = asdict(report)
         metrics = row.pop("metrics")
+        del row["limits"]
         self._write({**row, **metrics})
 
     def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -218,6 +221,38 @@ class ShowProgress(Hook):
         if self.task is not None:
             self.task.close()
         self.task = None
+
+
+class WarnAbove(Hook):
+    """Says so when a metric goes above its limit, and at the end how often it was there."""
+
+    def __init__(self, progress: Progress, name: str = "train") -> None:
+        self.progress, self.name = progress, name
+        self.steps = 0
+        self.above: dict[str, int] = {}
+        self.now: set[str] = set()
+
+    def on_step(self, report: StepReport) -> None:
+        self.steps += 1
+        for limit in report.limits:
+            value = report.metrics.get(limit.metric, 0.0)
+            if value <= limit.most:
+                self.now.discard(limit.metric)
+                continue
+            self.above[limit.metric] = self.above.get(limit.metric, 0) + 1
+            if limit.metric not in self.now:
+                self.now.add(limit.metric)
+                self.progress.say(
+                    f"{self.name}: step {report.step}: {limit.metric} {value:.3g} is above "
+                    f"{limit.most:g}: {limit.remedy}"
+                )
+
+    def on_end(self) -> None:
+        for metric, count in self.above.items():
+            self.progress.say(
+                f"{self.name}: {metric} was above its limit in {count} of {self.steps} steps"
+            )
+        self.above.clear()
 
 
 class Every(Hook):

@@ -50,7 +50,7 @@ class MetaTrain(Step):
     """Conversations in each inner step, and in what the adapted weights are judged by."""
     inner_steps: int = Field(4, ge=1)
     """K."""
-    inner_lr: float = Field(0.1, gt=0.0)
+    inner_lr: float = Field(0.01, gt=0.0)
     precision: Precision = Auto()
     seed: int = 0
 

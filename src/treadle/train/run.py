@@ -30,7 +30,7 @@ from treadle.optim.optimizer import Optimizer, Schedule
 from treadle.optim.schedules import Cosine
 from treadle.tokenizers.load import tokenizer_of
 from treadle.train.fit import Fit, fit
-from treadle.train.hooks import Hook, JsonLines, ShowProgress, TensorBoard
+from treadle.train.hooks import Hook, JsonLines, ShowProgress, TensorBoard, WarnAbove
 from treadle.train.moved import changes, prints_of, summary
 from treadle.train.parallel.plan import Plan, SingleProcess
 from treadle.train.precision import settle
@@ -87,6 +87,7 @@ class Run(Training):
                 JsonLines(folder / "metrics.jsonl"),
                 TensorBoard(folder / "tensorboard"),
                 ShowProgress(workspace.progress, self.name),
+                WarnAbove(workspace.progress, self.name),
             ]
         stream = self.source.open(env)
         precision.prepare(model.to(world.device))  # so that the prints are in the final dtypes

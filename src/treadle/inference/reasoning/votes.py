@@ -19,7 +19,7 @@ from treadle.core.cards import Card
 from treadle.core.config import Config
 from treadle.core.errors import TreadleError
 from treadle.inference.reasoning.prompting import Prompt, ZeroShot, prompted
-from treadle.inference.reasoning.strategy import Strategy, Thinker, Thought, Turns, visible
+from treadle.inference.reasoning.strategy import Ask, Strategy, Thinker, Thought, Turns, visible
 from treadle.inference.request import Completion
 from treadle.inference.sampling import Sampling
 
@@ -101,16 +101,16 @@ class Preferred(Config):
 
     @abstractmethod
     def __call__(
-        self, thinker: Thinker, question: int, texts: Sequence[str], paths: Sequence[Completion]
+        self, thinker: Thinker, ask: Ask, texts: Sequence[str], paths: Sequence[Completion]
     ) -> list[float]:
-        """A score for each."""
+        """A score for each text that answers `ask`."""
 
 
 class BySureness(Preferred):
     """Mean log-probability of a token; texts without an answer come last."""
 
     def __call__(
-        self, thinker: Thinker, question: int, texts: Sequence[str], paths: Sequence[Completion]
+        self, thinker: Thinker, ask: Ask, texts: Sequence[str], paths: Sequence[Completion]
     ) -> list[float]:
         vote = ByLikelihood()
         return [
@@ -123,14 +123,14 @@ class ByVerifier(Preferred):
     """What the problems' verifier gives: the rate at which N samples hold a right one (pass@N)."""
 
     def __call__(
-        self, thinker: Thinker, question: int, texts: Sequence[str], paths: Sequence[Completion]
+        self, thinker: Thinker, ask: Ask, texts: Sequence[str], paths: Sequence[Completion]
     ) -> list[float]:
         if thinker.verify is None:
             raise TreadleError(
                 "ByVerifier: these questions have no verifier: choose BySureness, or problems "
                 "that can be checked"
             )
-        return [thinker.verify(question, visible(text)) for text in texts]
+        return [thinker.verify(ask.question, visible(text)) for text in texts]
 
 
 class BestOfN(Strategy):
@@ -146,7 +146,7 @@ class BestOfN(Strategy):
         thoughts = []
         for ask, paths in zip(asks, thinker.ask(asks, self.sampling, self.n), strict=True):
             texts = [ask.prefix + path.text for path in paths]
-            scores = self.by(thinker, ask.question, texts, paths)
+            scores = self.by(thinker, ask, texts, paths)
             best = max(range(self.n), key=lambda i: (scores[i], -i))
             thoughts.append(thinker.thought(ask.question, texts[best], texts))
         return thoughts

@@ -1,11 +1,11 @@
-// lanes.h on ARM with the dot product of bytes (ARMv8.2). A vector is four registers.
+// lanes.h on 64-bit ARM, with its dot product of bytes where TREADLE_DOTPROD says so. A vector is
+// four registers.
 #pragma once
 
 #include <arm_neon.h>
 
 namespace treadle {
 
-constexpr const char* kLevel = "neon";
 constexpr int kHalves = 1, kRows = 3;
 constexpr int kWideOffset = 0;
 
@@ -57,10 +57,31 @@ inline i32x16 signed_bytes(const void* from) {
   return v;
 }
 
+#if defined(TREADLE_DOTPROD)
+
+constexpr const char* kLevel = "neon-dotprod";
+
+inline int32x4_t dot(int32x4_t sum, int8x16_t codes, int8x16_t a) {
+  return vdotq_s32(sum, codes, a);
+}
+
+#else
+
+constexpr const char* kLevel = "neon";
+
+// One product of bytes is within 16 bits, the sum of two not.
+inline int32x4_t dot(int32x4_t sum, int8x16_t codes, int8x16_t a) {
+  int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(codes), vget_low_s8(a)));
+  int32x4_t high = vpaddlq_s16(vmull_high_s8(codes, a));
+  return vaddq_s32(sum, vpaddq_s32(low, high));
+}
+
+#endif
+
 inline i32x16 dot(i32x16 sum, u8x64 codes, i32x16 a) {
   return quarters<i32x16>(
       [](const char* s, const char* c, const char* b) {
-        return vdotq_s32(load<int32x4_t>(s), load<int8x16_t>(c), load<int8x16_t>(b));
+        return dot(load<int32x4_t>(s), load<int8x16_t>(c), load<int8x16_t>(b));
       },
       sum, codes, a);
 }

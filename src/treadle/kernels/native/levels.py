@@ -43,7 +43,12 @@ LEVELS = (
         f"-DTREADLE_AVX2 -DTREADLE_AVXVNNI -mavxvnni {_AVX2}",
     ),
     _level("avx2", "avx2 fma f16c", f"-DTREADLE_AVX2 {_AVX2}"),
-    _level("neon", "asimd asimddp asimdhp", "-DTREADLE_NEON -march=armv8.2-a+dotprod+fp16"),
+    _level(
+        "neon-dotprod",
+        "asimd asimddp",
+        "-DTREADLE_NEON -DTREADLE_DOTPROD -march=armv8.2-a+dotprod",
+    ),
+    _level("neon", "asimd", "-DTREADLE_NEON -march=armv8-a"),
     _level("portable", "", ""),
 )
 """The fastest first."""
@@ -73,7 +78,7 @@ def find_level(name: str | None = None) -> Level:
 def features() -> frozenset[str]:
     """What this processor has, in the words of /proc/cpuinfo."""
     if sys.platform == "darwin" and platform.machine() == "arm64":
-        return frozenset(("asimd", "asimddp", "asimdhp"))  # on all of Apple's
+        return frozenset(("asimd", "asimddp"))  # on all of Apple's
     try:
         lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

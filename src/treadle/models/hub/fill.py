@@ -7,7 +7,9 @@ straight into a model built without memory, so that the peak is the model and on
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -19,6 +21,18 @@ from treadle.models.outline import outline
 from treadle.models.weights import Rule
 
 Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The part of a parameter that is wanted."""
+
+    dim: int
+    own: slice
+
+
+Part = Callable[[Rule, int, Cut], Tensor]
+"""Of a rule's parameter of this number, the part; read without the rest of it."""
 
 
 def applicable(model: nn.Module, rules: Sequence[Rule]) -> tuple[Rule, ...]:
@@ -93,25 +107,39 @@ def fill(
     *,
     dtype: torch.dtype | None,
     device: torch.device | str,
+    cuts: Mapping[str, Cut] = MappingProxyType({}),
+    part: Part | None = None,
 ) -> None:
     """Give a model on the meta device its weights; tied parameters stay one.
 
     Args:
         dtype: of the parameters; None keeps that of the checkpoint.
+        cuts: parameters of which the model has a part only.
+        part: reads such a part; None: it is cut from what `read` gives.
     """
+    part = part or partial(_cut, read)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     places: dict[str, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             places.setdefault(names[id(parameter)], []).append((module, leaf))
     for rule in rules:
-        ours = rule.map.read(tuple(read(name) for name in rule.theirs))
+        if cuts.keys().isdisjoint(rule.ours):
+            ours = rule.map.read(tuple(read(name) for name in rule.theirs))
+        else:
+            ours = tuple(part(rule, i, cuts[name]) for i, name in enumerate(rule.ours))
         for name, tensor in zip(rule.ours, ours, strict=True):
-            # A part of a fused tensor is copied, lest it keep the whole in memory.
-            own = tensor.to(device, dtype or tensor.dtype, copy=len(ours) > 1).contiguous()
+            # A part of a tensor is copied, lest it keep the whole in memory.
+            copy = len(ours) > 1 or name in cuts
+            own = tensor.to(device, dtype or tensor.dtype, copy=copy).contiguous()
             parameter = nn.Parameter(own)
             for module, leaf in places[name]:
                 setattr(module, leaf, parameter)
+
+
+def _cut(read: Callable[[str], Tensor], rule: Rule, index: int, cut: Cut) -> Tensor:
+    whole = rule.map.read(tuple(read(name) for name in rule.theirs))[index]
+    return whole.narrow(cut.dim, cut.own.start, cut.own.stop - cut.own.start)
 
 
 def spill(

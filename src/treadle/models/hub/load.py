@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,20 @@ from torch import Tensor
 from treadle.core.cards import Card
 from treadle.core.errors import FileFormatError, TreadleError
 from treadle.core.files import StrPath
+from treadle.kernels.blocks import block_format, dequantise
 from treadle.models.decoder import Decoder, DecoderModel, TiedHead
 from treadle.models.families import FAMILIES, family_of_gguf, family_of_hf
 from treadle.models.family import Family
-from treadle.models.hub.fill import Shape, applicable, check, expected_shapes, fill, ignore
+from treadle.models.hub.fill import (
+    Cut,
+    Part,
+    Shape,
+    applicable,
+    check,
+    expected_shapes,
+    fill,
+    ignore,
+)
 from treadle.models.hub.gguf import GGUFFile
 from treadle.models.hub.gguf_header import ROPE_DIVISORS, GgufHeader
 from treadle.models.hub.safetensors import SafetensorsFolder, open_safetensors
@@ -36,6 +47,10 @@ CARD = Card(
     recipe="treadle export smollm2-135m-instruct --to smollm2.gguf --format Q4_K",
     oracle="tests/models/test_models_hub.py::test_transformers_reads_what_treadle_wrote",
 )
+
+
+CutModel = Callable[[DecoderModel], Mapping[str, Cut]]
+"""Cuts a model without values in place; says which part of each parameter it has kept."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +72,15 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     leave: Sequence[str] = (),
+    cut: CutModel | None = None,
 ) -> Loaded:
     """Load a Hugging Face folder (config.json, *.safetensors) or a .gguf file.
 
     Args:
         dtype: of the weights; None keeps that of a folder's files, and is float32 for GGUF.
         leave: patterns of parameters that are not read: they stay on the meta device.
+        cut: cuts the model before its weights are read, and says which part of each to read;
+            None: it stays whole.
 
     Raises:
         TreadleError: nothing to load at `path`, or only a pickle.
@@ -71,9 +89,9 @@ def load_model(
     """
     path = Path(path)
     if path.is_dir():
-        return _load_folder(path, dtype, device, leave)
+        return _load_folder(path, dtype, device, leave, cut)
     if path.is_file():
-        return _load_gguf(path, dtype, device, leave)
+        return _load_gguf(path, dtype, device, leave, cut)
     raise TreadleError(f"{path}: no such file or folder")
 
 
@@ -94,7 +112,11 @@ def read_decoder(path: StrPath) -> Decoder:
 
 
 def _load_folder(
-    folder: Path, dtype: torch.dtype | None, device: torch.device | str, leave: Sequence[str]
+    folder: Path,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    leave: Sequence[str],
+    cut: CutModel | None,
 ) -> Loaded:
     config = read_config(folder)
     family = family_of_hf(config)
@@ -117,6 +139,8 @@ def _load_folder(
         dtype,
         device,
         leave,
+        cut,
+        None,
         where=f"{folder}: not a checkpoint of {family.name} as its config.json says"
         + _likeness(stored, family, decoder),
     )
@@ -149,7 +173,11 @@ def _without_tied_copy(
 
 
 def _load_gguf(
-    file: Path, dtype: torch.dtype | None, device: torch.device | str, leave: Sequence[str]
+    file: Path,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    leave: Sequence[str],
+    cut: CutModel | None,
 ) -> Loaded:
     gguf = GGUFFile.open(file)
     header = read_header(gguf)
@@ -163,6 +191,8 @@ def _load_gguf(
         dtype,
         device,
         leave,
+        cut,
+        partial(_part, gguf),
         where=f"{file}: not a model of {header.architecture} as its metadata say",
     )
     return Loaded(model, header.architecture, file, gguf.metadata)
@@ -176,6 +206,8 @@ def _filled(
     dtype: torch.dtype | None,
     device: torch.device | str,
     leave: Sequence[str],
+    cut: CutModel | None,
+    part: Part | None,
     *,
     where: str,
 ) -> DecoderModel:
@@ -183,8 +215,32 @@ def _filled(
     rules = applicable(model, rules)
     check(expected_shapes(model, rules), found, where=where)
     wanted = [r for r in rules if not any(fnmatchcase(n, p) for n in r.ours for p in leave)]
-    fill(model, wanted, read, dtype=dtype, device=device)
+    kept = {n: c for n, c in cut(model).items() if n in _names(wanted)} if cut else {}
+    fill(model, wanted, read, dtype=dtype, device=device, cuts=kept, part=part)
     return model.eval()
+
+
+def _names(rules: Sequence[Rule]) -> set[str]:
+    return {name for rule in rules for name in rule.ours}
+
+
+def _part(gguf: GGUFFile, rule: Rule, index: int, cut: Cut) -> Tensor:
+    """Part of a parameter of a GGUF file; of a matrix, no other block is decoded.
+
+    Maps of GGUF move rows, so they serve bytes as well as numbers.
+    """
+    first, *_ = infos = [gguf.tensors[name] for name in rule.theirs]
+    start, stop = cut.own.start, cut.own.stop
+    if len(first.shape) < 2 or len({info.format for info in infos}) > 1:
+        numbers = rule.map.read(tuple(gguf.read(name) for name in rule.theirs))[index]
+        return numbers.narrow(cut.dim, start, stop - start)
+    raw = rule.map.read(tuple(gguf.raw(name) for name in rule.theirs))[index]
+    format = block_format(first.format)
+    if cut.dim == 0:
+        return dequantise(raw[start:stop], format)
+    block, last = start // format.block_size, -(-stop // format.block_size)
+    part = dequantise(raw[:, block * format.block_bytes : last * format.block_bytes], format)
+    return part[:, start - block * format.block_size :][:, : stop - start]
 
 
 def read_config(folder: Path) -> dict[str, Any]:

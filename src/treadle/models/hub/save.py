@@ -23,6 +23,8 @@ from treadle.models.hub.safetensors import save_safetensors
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SMALLER_BLOCKS = MappingProxyType({"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"})
 """What llama.cpp takes for rows that do not divide into blocks of 256 weights."""
+ROUTER = ".ffn_gate_inp.weight"
+"""Small, and what a rounding changes there is which experts a token passes."""
 FILE_TYPES = MappingProxyType(
     {
         "F32": 0,
@@ -137,7 +139,8 @@ def save_gguf(
             yield ROPE_DIVISORS, header.rope_divisors, "F32"
         for name, tensor in spill(model, rules, packed):
             raw = tensor.dtype == torch.uint8
-            yield name, tensor, usual if raw else _fitting(tensor, formats.get(name, usual))
+            wanted = "F32" if name.endswith(ROUTER) else formats.get(name, usual)
+            yield name, tensor, usual if raw else _fitting(tensor, wanted)
 
     keys = {
         "general.architecture": header.architecture,

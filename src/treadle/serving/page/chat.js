@@ -27,7 +27,13 @@ export async function vote(id, good, key) {
   await checked(await fetch("/v1/votes", { method: "POST", headers: headers(key), body }));
 }
 
-// Yields { id, text, reasoning, pieces, finish }.
+export async function attention(request, key) {
+  const body = JSON.stringify(request);
+  const response = await fetch("/v1/attention", { method: "POST", headers: headers(key), body });
+  return (await checked(response)).json();
+}
+
+// Yields { id, model, text, reasoning, pieces, finish, sources, citations }.
 export async function* answer(request, { key, signal }) {
   const body = JSON.stringify({ ...request, stream: true });
   const response = await checked(
@@ -43,10 +49,13 @@ export async function* answer(request, { key, signal }) {
     const text = (choice.delta.content ?? "") + calls.join("\n");
     yield {
       id: chunk.id,
+      model: chunk.model,
       text,
       reasoning: choice.delta.reasoning_content ?? "",
       pieces: split(text, choice.logprobs?.content ?? []),
       finish: choice.finish_reason,
+      sources: choice.delta.sources,
+      citations: choice.delta.citations,
     };
   }
 }

@@ -1,8 +1,10 @@
 // The page. Text of models and users goes into the document as text only, never as markup.
 
+import { view } from "/page/attention.js";
 import { answer, models, vote } from "/page/chat.js";
+import { $, element } from "/page/dom.js";
+import { chips, cut, read as readFiles, sources } from "/page/sources.js";
 
-const $ = (id) => document.getElementById(id);
 const DEFAULTS = {
   system: "", temperature: "0.7", top_p: "0.95", top_k: "", max_tokens: "512", seed: "",
   shade: false, key: "", model: "",
@@ -28,13 +30,6 @@ function write(name, value) {
   } catch {
     trouble("This browser keeps no more conversations; delete some.");
   }
-}
-
-function element(tag, { text, ...properties } = {}, ...children) {
-  const made = Object.assign(document.createElement(tag), properties);
-  if (text !== undefined) made.textContent = text;
-  made.append(...children);
-  return made;
 }
 
 function trouble(message) {
@@ -97,7 +92,7 @@ function save(conversation) {
   history = history.slice(0, KEPT);
   // a browser keeps about 5 MB: only the conversation that is shown keeps its tokens
   const plain = ({ pieces, ...message }) => message;
-  const slim = (other) => (other === current ? other : { messages: other.messages.map(plain) });
+  const slim = (other) => (other === current ? other : { ...other, messages: other.messages.map(plain) });
   write("treadle.history", history.map(slim));
   showHistory();
 }
@@ -131,6 +126,30 @@ function show(conversation) {
   $("messages").scrollTop = $("messages").scrollHeight;
   trouble("");
   showHistory();
+  showDocuments();
+}
+
+// Documents
+
+function showDocuments() {
+  const documents = current.documents ?? [];
+  $("documents").replaceChildren(...chips(documents, (index) => {
+    current.documents = documents.filter((_, i) => i !== index);
+    showDocuments();
+  }));
+  $("documents").hidden = !documents.length;
+}
+
+async function attach(files) {
+  const conversation = current;
+  trouble("");
+  try {
+    const present = conversation.documents ?? [];
+    conversation.documents = [...present, ...(await readFiles(files, present))];
+  } catch (error) {
+    trouble(error.message);
+  }
+  if (conversation === current) showDocuments();
 }
 
 // Messages
@@ -140,10 +159,35 @@ function draw(message) {
   const thought = element("div", { className: "thought", text: message.reasoning ?? "" });
   const thinking = element("details", { hidden: !message.reasoning }, element("summary", { text: "Reasoning" }), thought);
   const who = element("div", { className: "who", text: message.role === "user" ? "You" : message.model });
-  const box = element("article", { className: `message ${message.role}` }, who, thinking, text);
-  for (const piece of message.pieces ?? [{ text: message.text, tokens: [] }]) place(text, piece);
+  const foot = element("footer");
+  const box = element("article", { className: `message ${message.role}` }, who, thinking, text, foot);
+  for (const piece of message.pieces ?? cut(message)) place(text, piece);
   if (message.votable) who.append(votes(message));
-  return { box, text, thought, thinking, who };
+  const drawn = { box, text, thought, thinking, who, foot };
+  if (message.role === "assistant" && message.text) finish(drawn, message);
+  return drawn;
+}
+
+// What a whole answer has and one on its way has not.
+function finish({ who, text, foot }, message) {
+  if (message.sources?.length) foot.append(sources(message, text));
+  if (offered.find((m) => m.id === message.model)?.trial) return;
+  const button = element("button", { type: "button", className: "plain", text: "Attention", ariaExpanded: "false" });
+  let shown = null;
+  button.addEventListener("click", () => {
+    if (shown) shown.remove();
+    shown = shown ? null : view(asked(message), settings.key);
+    button.ariaExpanded = String(Boolean(shown));
+    if (shown) foot.append(shown);
+  });
+  who.append(button);
+}
+
+// The conversation up to an answer, as the server is asked about it.
+function asked(message) {
+  const before = current.messages.slice(0, current.messages.indexOf(message) + 1);
+  const documents = message.sources?.map(({ title, text }) => ({ title, text }));
+  return { model: message.model, messages: turnsOf(before, message.system ?? ""), documents };
 }
 
 function place(text, piece) {
@@ -178,8 +222,8 @@ function tip(span, tokens) {
 
 function votes(message) {
   const box = element("span", { className: "votes" });
-  for (const [good, mark, label] of [[true, "👍", "Good"], [false, "👎", "Bad"]]) {
-    const button = element("button", { type: "button", text: mark, ariaLabel: label });
+  for (const [good, text] of [[true, "Good"], [false, "Bad"]]) {
+    const button = element("button", { type: "button", text, className: "plain" });
     button.addEventListener("click", async () => {
       try {
         await vote(message.id, good, settings.key);
@@ -195,12 +239,17 @@ function votes(message) {
   return box;
 }
 
-function request() {
-  const turns = current.messages
+function turnsOf(messages, system) {
+  const turns = messages
     .filter((message) => message.text)
     .map(({ role, text }) => ({ role, content: text }));
-  if (settings.system.trim()) turns.unshift({ role: "system", content: settings.system });
-  const body = { model: $("model").value, messages: turns, logprobs: true, top_logprobs: 5, user: user() };
+  return system.trim() ? [{ role: "system", content: system }, ...turns] : turns;
+}
+
+function request() {
+  const messages = turnsOf(current.messages, settings.system);
+  const body = { model: $("model").value, messages, logprobs: true, top_logprobs: 5, user: user() };
+  if (current.documents?.length) body.documents = current.documents;
   for (const name of ["temperature", "top_p", "top_k", "max_tokens", "seed"]) {
     if (number(name) !== undefined) body[name] = number(name);
   }
@@ -220,17 +269,19 @@ async function ask(text) {
   if (!conversation.messages.length) $("messages").replaceChildren();
   conversation.messages.push({ role: "user", text });
   $("messages").append(draw(conversation.messages.at(-1)).box);
-  const message = { role: "assistant", model: $("model").value, text: "", reasoning: "", pieces: [] };
   const body = request();
+  const message = { role: "assistant", model: body.model, text: "", reasoning: "", pieces: [], system: settings.system };
   const drawn = draw(message);
   $("messages").append(drawn.box);
   busy(new AbortController());
   try {
     for await (const part of answer(body, { key: settings.key, signal: running.signal })) {
       message.id = part.id;
+      message.model = part.model ?? message.model; // of a route, the adapter that it chose
       message.text += part.text;
       message.reasoning += part.reasoning;
       message.pieces.push(...part.pieces);
+      if (part.sources) Object.assign(message, { sources: part.sources, citations: part.citations ?? [] });
       follow(() => {
         for (const piece of part.pieces) place(drawn.text, piece);
         drawn.thought.textContent = message.reasoning;
@@ -238,6 +289,7 @@ async function ask(text) {
       });
       if (part.finish === "length") drawn.who.append(element("span", { text: "cut at the token limit" }));
     }
+    if (message.model !== body.model) drawn.who.firstChild.textContent = `${body.model}: ${message.model}`;
     message.votable = offered.some((m) => m.id === body.model && m.trial);
     if (message.votable) drawn.who.append(votes(message));
   } catch (error) {
@@ -247,6 +299,7 @@ async function ask(text) {
   busy(null);
   if (message.text || message.reasoning) conversation.messages.push(message);
   else drawn.box.remove();
+  if (message.text) follow(() => finish(drawn, message));
   save(conversation);
 }
 
@@ -283,6 +336,16 @@ $("text").addEventListener("keydown", (event) => {
     event.preventDefault();
     $("ask").requestSubmit();
   }
+});
+$("attach").addEventListener("click", () => $("files").click());
+$("files").addEventListener("change", async () => {
+  await attach([...$("files").files]);
+  $("files").value = "";
+});
+$("talk").addEventListener("dragover", (event) => event.preventDefault());
+$("talk").addEventListener("drop", (event) => {
+  event.preventDefault();
+  if (event.dataTransfer.files.length) attach([...event.dataTransfer.files]);
 });
 $("stop").addEventListener("click", () => running?.abort());
 $("new").addEventListener("click", () => { show(null); $("text").focus(); });

@@ -1,0 +1,155 @@
+"""A penalty on bias: its formula, a planted bias that falls, bad input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_generation import byte_tokenizer, tiny_model
+
+from treadle.alignment.fairness import Counterfactuals, FairRollouts, demographics, penalties
+from treadle.alignment.rewards import Reward
+from treadle.alignment.rollouts import Rollouts
+from treadle.core.errors import TreadleError
+from treadle.data.problems import Problems
+from treadle.data.records import Problem, user
+from treadle.data.source import Env
+from treadle.inference.sampling import Sampling
+from treadle.objectives.policy import GRPO
+from treadle.optim.adamw import AdamW
+from treadle.optim.schedules import Constant
+from treadle.train.fit import Fit, fit
+from treadle.train.hooks import Hook, StepReport
+from treadle.train.parallel.plan import SingleProcess
+from treadle.train.precision import FP32
+
+TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:"
+
+
+def praise(text: str) -> float:
+    return sum(c.isalpha() and c.isascii() for c in text) / max(1, len(text))
+
+
+class Letters4All(Problems):
+    """A biased judge: letters are praise; welcome for one name alone."""
+
+    text: str = "about {name}"
+
+    def problem(self, index: int) -> Problem:
+        return Problem((user(self.text),), "", "praise")
+
+    def score(self, problem: Problem, completion: str) -> float:
+        good = praise(completion)
+        return good if "Ann" in problem.prompt[0].content else 1 - good
+
+
+class Praise(Reward):
+    def __call__(self, problem: Problem, completion: str) -> float:
+        return praise(completion)
+
+
+ROLLOUTS = Rollouts(
+    problems=Counterfactuals(problems=Letters4All(), names=("Ann", "Zob")),
+    prompts=2,
+    completions=16,
+    sampling=Sampling(max_tokens=8),
+)
+
+
+class Gaps(Hook):
+    def __init__(self) -> None:
+        self.seen: list[dict[str, float]] = []
+
+    def on_step(self, report: StepReport) -> None:
+        self.seen.append(dict(report.metrics))
+
+    def late(self, name: str) -> float:
+        return sum(m[name] for m in self.seen[-10:]) / 10
+
+
+def train(penalty: float, folder: Path, seed: int) -> Gaps:
+    model, gaps, plan = tiny_model(seed=seed), Gaps(), SingleProcess()
+    source = FairRollouts(rollouts=ROLLOUTS, score=Praise(), penalty=penalty)
+    tokenizer = byte_tokenizer().with_template(TEMPLATE)
+    env = Env(model=model, tokenizer=tokenizer, scratch=folder, seed=100 * seed)
+    fit(
+        model,
+        source.open(env),
+        GRPO(),
+        optimizer=AdamW(lr=1e-2),
+        schedule=Constant(),
+        config=Fit(steps=32, precision=FP32(), checkpoint_every=1000),
+        plan=plan,
+        world=plan.setup("cpu"),
+        folder=folder / "checkpoints",
+        hooks=[gaps],
+    )
+    return gaps
+
+
+def test_the_gap_falls_on_counterfactual_pairs(tmp_path: Path) -> None:
+    """A judge that rewards praise of one name drives them apart; the penalty holds them together,
+    on three models."""
+    free, fair = [], []
+    for seed in range(3):
+        free.append(train(0.0, tmp_path / f"free-{seed}", seed))
+        fair.append(train(3.0, tmp_path / f"fair-{seed}", seed))
+    assert sum(g.late("parity_gap") for g in free) / 3 > 0.5
+    assert sum(g.late("parity_gap") for g in fair) / 3 < 0.15
+
+
+def test_penalties_are_the_formula() -> None:
+    scores = torch.tensor([[0.0, 1.0], [0.2, 0.4], [0.75, 0.75], [0.1, 0.3], [0.0, 0.0]])
+    sets = [7, 3, 7, 3, 3]
+    found = penalties(scores, sets)
+
+    def side(p: int) -> float:
+        same = [float(scores[q].mean()) for q in range(5) if sets[q] == sets[p]]
+        return 1.0 if float(scores[p].mean()) > sum(same) / len(same) else -1.0
+
+    for p in range(5):
+        sides = [side(q) for q in range(5) if sets[q] == sets[p]]
+        weight = side(p) - sum(sides) / len(sides)
+        for c in range(2):
+            wanted = weight * (float(scores[p, c]) - float(scores[p].mean()))
+            assert float(found[p, c]) == pytest.approx(wanted, abs=1e-6)
+
+
+def test_the_penalty_is_the_gradient_of_the_gap() -> None:
+    """For three groups of Bernoulli answers, every outcome in its share: the policy gradient of
+    the penalties is the derivative of the gap."""
+    logits = torch.tensor([0.0, -1.0986123, 1.0986123], requires_grad=True)
+    p = logits.sigmoid()  # 1/2, 1/4, 3/4: of four answers two, one and three score 1
+    q = p - torch.tensor([0.01, 0.0, 0.0])
+    (wanted,) = torch.autograd.grad((q - q.mean()).abs().sum(), logits)
+    scores = torch.tensor([[0.0, 1.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0], [1.0, 1.0, 0.0, 1.0]])
+    shifted = penalties(scores - torch.tensor([[0.01], [0.0], [0.0]]), [0, 0, 0])
+    logp = torch.where(scores > 0, logits[:, None], -logits[:, None])
+    logp = torch.nn.functional.logsigmoid(logp)
+    (found,) = torch.autograd.grad((shifted * logp).mean(-1).sum(), logits)
+    # The first group is a little below the middle in both.
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_demographics(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer().with_template(TEMPLATE)
+    env = Env(model=tiny_model(), tokenizer=tokenizer, scratch=tmp_path)
+    source = ROLLOUTS.replace(prompts=4, completions=2)
+    groups = source.open(env).roll()
+    scores = torch.tensor([[0.0, 1.0], [0.0, 0.0], [1.0, 1.0], [0.5, 0.5]])
+    found = demographics(scores, groups, [0, 0, 1, 1])
+    assert found == pytest.approx(
+        {"score_Ann": 0.75, "score_Zob": 0.25, "parity_gap": 0.5, "counterfactual_gap": 0.25}
+    )
+    assert groups[1].problem.prompt[0].content == "about Zob"
+
+
+def test_bad_sets_are_refused() -> None:
+    with pytest.raises(ValueError, match="no multiple of the 2 names"):
+        FairRollouts(rollouts=ROLLOUTS.replace(prompts=3), score=Praise())
+    with pytest.raises(ValueError, match="must be Counterfactuals"):
+        FairRollouts(rollouts=ROLLOUTS.replace(problems=Letters4All()), score=Praise())
+    nameless = Counterfactuals(problems=Letters4All(text="about"), names=("A", "B"))
+    with pytest.raises(TreadleError, match=r"problem 0 has no \{name\}"):
+        nameless.problem(0)

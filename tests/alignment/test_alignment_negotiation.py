@@ -1,0 +1,245 @@
+"""Negotiation: the rules against all plays of small deals, schooling, and self-play that pays."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_generation import byte_tokenizer, tiny_model
+
+from treadle.alignment.episodes import Environment, Heard, Play, Seat
+from treadle.alignment.negotiation import (
+    Bargaining,
+    Deal,
+    Negotiation,
+    ScriptedDeals,
+    offer_of,
+    offer_text,
+    script,
+)
+from treadle.alignment.played import Lane, Played, lanes_batch, lanes_of
+from treadle.data.records import Messages, user
+from treadle.data.source import Env
+from treadle.data.supervised import Supervised
+from treadle.inference.sampling import Sampling
+from treadle.models.llama import tiny_llama
+from treadle.objectives.causal import CausalLM
+from treadle.objectives.policy import GRPO
+from treadle.optim.adamw import AdamW
+from treadle.optim.schedules import Constant
+from treadle.tokenizers.train import ByteLevelBPE
+from treadle.train.fit import Fit, fit
+from treadle.train.hooks import Hook, StepReport
+from treadle.train.parallel.plan import SingleProcess
+from treadle.train.precision import FP32
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role[0] }} {% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}"
+    "{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>a {% endif %}"
+)
+SMALL = tuple("abcdefghijklm ")
+
+
+def play(deal: Deal, said: list[str], offers: int = 4) -> Heard:
+    bargaining = Bargaining(Negotiation(offers=offers), deal)
+    seat, heard = 0, Heard(0)
+    for words in said:
+        assert heard.next == seat
+        heard = bargaining.hear(seat, words)
+        seat = 1 - seat
+    return heard
+
+
+def test_payoffs_are_those_of_the_rules() -> None:
+    """Every share of a small deal, offered by either seat and accepted by the other."""
+    deal = Deal((2, 1, 3), ((1, 5, 0), (2, 2, 4)))
+    for share in itertools.product(range(3), range(2), range(4)):
+        rest = (2 - share[0], 1 - share[1], 3 - share[2])
+        mine = (share[0] + 5 * share[1]) / 7
+        theirs = (2 * rest[0] + 2 * rest[1] + 4 * rest[2]) / 18
+        found = play(deal, [offer_text(share), "I accept that."])
+        assert found.next is None
+        assert found.rewards == pytest.approx((mine, theirs))
+        other = play(deal, [offer_text((0, 0, 0)), offer_text(share), "Accept."])
+        mine = (rest[0] + 5 * rest[1]) / 7
+        theirs = (2 * share[0] + 2 * share[1] + 4 * share[2]) / 18
+        assert other.rewards == pytest.approx((mine, theirs))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        ["Accept."],
+        ["I want it all"],
+        ["Take 3 hats, 0 books, 0 balls."],
+        ["Take 1 hats, 0 books."],
+        ["Take 1 hats, 1 hats, 0 books, 0 balls."],
+        [offer_text((1, 1, 1))] * 4,
+    ],
+)
+def test_without_agreement_there_is_nothing(said: list[str]) -> None:
+    deal = Deal((2, 1, 3), ((1, 5, 0), (2, 2, 4)))
+    assert play(deal, said) == Heard(None, rewards=(0.0, 0.0))
+
+
+def test_offers_are_read_as_they_are_written() -> None:
+    assert offer_text((2, 0, 1)) == "Take 2 hats, 0 books, 1 balls."
+    for share in itertools.product(range(3), range(2), range(4)):
+        assert offer_of(offer_text(share), (2, 1, 3)) == share
+    assert offer_of("Take 1 balls, 2 hats, 0 books", (2, 1, 3)) == (2, 0, 1)
+    assert offer_of(offer_text((1,)), (2,)) == (1,)
+
+
+def test_the_other_hears_and_worth_stays_private() -> None:
+    game = Negotiation(seed=4)
+    heard = game.begin(0).hear(0, offer_text((0, 0, 0)))
+    assert heard.next == 1
+    assert heard.told == {1: "The other says: Take 0 hats, 0 books, 0 balls."}
+    deal = game.deal(7)
+    for seat, (message,) in enumerate(game.openings(7)):
+        for name, count, worth in zip(
+            ("hats", "books", "balls"), deal.counts, deal.worth[seat], strict=True
+        ):
+            assert f"{count} {name} (worth {worth} each)" in message.content
+
+
+def test_held_out_deals_are_others() -> None:
+    deals = {Negotiation().deal(i) for i in range(200)}
+    held = {Negotiation(held_out=True).deal(i) for i in range(200)}
+    assert len(deals) > 190
+    assert len(deals & held) < 4
+    assert Negotiation().deal(3) == Negotiation().deal(3) != Negotiation(seed=1).deal(3)
+    for deal in deals:
+        assert all(any(worth) for worth in deal.worth)
+
+
+def test_scripts_keep_the_rules() -> None:
+    """Both conversations of a play tell one story, which ends in a deal more often than not."""
+    game, agreed = Negotiation(), 0
+    for number in range(60):
+        spoken = script(game, number, random.Random(f"0/{number}"))
+        heard = play(game.deal(number), spoken)
+        assert heard.next is None or len(spoken) == game.offers
+        agreed += sum(heard.rewards) > 0
+        first, second = (
+            ScriptedDeals().conversation(2 * number + seat).messages for seat in (0, 1)
+        )
+        assert [m.content for m in first[1:] if m.role == "assistant"] == spoken[0::2]
+        assert [m.content for m in second[1:] if m.role == "assistant"] == spoken[1::2]
+        assert second[1].content == f"The other says: {spoken[0]}"
+    assert agreed > 40
+
+
+class Payoffs(Hook):
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_step(self, report: StepReport) -> None:
+        self.seen.append(report.metrics.get("reward", 0.0))
+
+
+def schooled(folder: Path, steps: int) -> Env:
+    """A small model that has heard scripted negotiations over one kind of thing."""
+    game = Negotiation(kinds=1, most=4, offers=3)
+    texts = [
+        m.content
+        for i in range(80)
+        for m in ScriptedDeals(negotiation=game).conversation(i).messages
+    ]
+    tokenizer = ByteLevelBPE(vocab_size=400)(texts).with_template(TEMPLATE)
+    torch.manual_seed(0)
+    decoder = tiny_llama(
+        tokenizer.vocab_size, dim=48, layers=2, heads=4, kv_heads=2, hidden=96, context=256
+    )
+    env = Env(model=decoder.build(), tokenizer=tokenizer, scratch=folder)
+    train(env, Supervised(conversations=ScriptedDeals(negotiation=game), per_step=16), CausalLM(),
+          steps, 3e-3, folder / "school")  # fmt: skip
+    return env
+
+
+def train(env: Env, source, objective, steps: int, lr: float, folder: Path) -> list[float]:
+    plan, payoffs = SingleProcess(), Payoffs()
+    fit(
+        env.model,
+        source.open(env),
+        objective,
+        optimizer=AdamW(lr=lr),
+        schedule=Constant(),
+        config=Fit(steps=steps, precision=FP32()),
+        plan=plan,
+        world=plan.setup("cpu"),
+        folder=folder,
+        hooks=[payoffs],
+    )
+    return payoffs.seen
+
+
+def self_play() -> Played:
+    return Played(
+        environment=Negotiation(kinds=1, most=4, offers=3, seed=1),
+        prompts=8,
+        completions=8,
+        sampling=Sampling(max_tokens=16),
+        turns=3,
+    )
+
+
+class Whispers(Environment):
+    """The second seat hears the first where its words begin with an even sign, and answers."""
+
+    def openings(self, index: int) -> tuple[Messages, ...]:
+        return ((user(f"first {index}"),), (user(f"second {index}"),))
+
+    def begin(self, index: int) -> Play:
+        return Whispered()
+
+
+class Whispered(Play):
+    def hear(self, seat: int, said: str) -> Heard:
+        if seat == 1 or ord(said[:1] or "a") % 2:
+            return Heard(None, rewards=(len(said) / 10, 1 - len(said) / 10))
+        return Heard(1, told={1: said})
+
+
+def test_each_seat_learns_from_its_own_payoff(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer().with_template(TEMPLATE)
+    env = Env(model=tiny_model(), tokenizer=tokenizer, scratch=tmp_path)
+    source = self_play().replace(
+        environment=Whispers(), sampling=Sampling(max_tokens=40, stop=SMALL)
+    )
+    episodes = source.open(env).roll()
+    lanes = lanes_of(episodes, 8)
+    order = {id(seat): place for e in episodes for place, seat in enumerate(e.seats)}
+    assert len(lanes) > 8
+    for lane in lanes:
+        assert len({order[id(seat)] for seat in lane.seats}) == 1
+    silent = [s for lane in lanes for s in lane.seats if not s.logprobs]
+    assert silent
+    batch = lanes_batch(lanes, [lane.rewards for lane in lanes], 1.0)
+    spoke = [s for lane in lanes for s in lane.seats if s.logprobs]
+    assert batch.sequence_count == len(spoke)
+    # The batch's order is by prompt: each sequence has the reward of its own seat.
+    values = batch.per_sequence(batch.advantages) / batch.per_sequence(batch.weights)
+    assert sorted(values.tolist()) == pytest.approx(sorted(s.reward for s in spoke), abs=1e-5)
+    for e in episodes:
+        if e.seats[1].logprobs:
+            assert e.seats[1].messages[1].content == e.seats[0].messages[1].content
+
+
+def test_a_seat_that_never_spoke_moves_nothing() -> None:
+    told = ((1.0, 1), (0.0, 0), (0.5, 2))
+    seats = [Seat([], reward=r, logprobs=[0.0] * spoke) for r, spoke in told]
+    assert Lane(tuple(seats)).rewards == [1.0, 0.75, 0.5]
+
+
+@pytest.mark.slow
+def test_self_play_pays(tmp_path: Path) -> None:
+    """Mean payoff of the two seats, which is at most a half where both value one kind of thing."""
+    env = schooled(tmp_path, 120)
+    seen = train(env, self_play(), GRPO(), 40, 1e-3, tmp_path / "play")
+    assert sum(seen[-8:]) / 8 > sum(seen[:8]) / 8 + 0.08

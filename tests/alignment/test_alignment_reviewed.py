@@ -1,0 +1,155 @@
+"""Lessons from a model's own answers: what is learned of them, and what is only read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from alignment.test_alignment_accepted import Low, model_that_ends, said
+from tiny_generation import END, byte_tokenizer
+
+from treadle.alignment.reasoning_gym import Family, ReasoningGym
+from treadle.alignment.reviewed import (
+    LearnCritique,
+    LearnVerdict,
+    Reviewed,
+    ReviewedStream,
+    first_mistake,
+)
+from treadle.alignment.rollouts import Rollouts
+from treadle.alignment.worked_solutions import worked_solution
+from treadle.core.errors import TreadleError
+from treadle.data.records import assistant, user
+from treadle.data.source import Env
+from treadle.inference.engine import Engine
+from treadle.inference.reasoning.critique import CritiqueAndRefine
+from treadle.inference.reasoning.strategy import Ask, Thinker
+from treadle.inference.reasoning.verdict import ASK, ByVerdict
+from treadle.inference.request import Completion
+from treadle.models.decoder import DecoderModel
+from treadle.objectives.causal import CausalLM
+from treadle.optim.adamw import AdamW
+from treadle.optim.schedules import Constant
+from treadle.train.fit import Fit, fit
+from treadle.train.parallel.plan import SingleProcess
+from treadle.train.precision import FP32
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+GROUPS = [["low", "\u00ff", "low", "low again"], ["\u00fe", "<think>ab</think>", "\u00fd", " "]]
+
+
+def env(model: DecoderModel, folder: Path) -> Env:
+    return Env(model=model, tokenizer=byte_tokenizer().with_template(TEMPLATE), scratch=folder)
+
+
+def stream(tmp_path: Path, groups: list[list[str]], **changes) -> ReviewedStream:
+    rollouts = Rollouts(problems=Low(), prompts=2, completions=4)
+    config = Reviewed(rollouts=rollouts, **{"lesson": LearnVerdict(), "per_step": 4, **changes})
+    made = config.open(env(model_that_ends(), tmp_path))
+    made.rollouts.sample = lambda requests: [said(group) for group in groups]
+    return made
+
+
+def learned(work) -> list[tuple[str, str]]:
+    """Of each conversation what is read and what is learned."""
+    found, tokenizer = [], byte_tokenizer()
+    for batch in work.batches:
+        for i in range(batch.sequence_count):
+            span = list(batch.layout.span(i))
+            targets = set(batch.sources[batch.sequences == i].tolist())
+            parts: tuple[list[int], list[int]] = ([], [])
+            for place in span:
+                token = int(batch.tokens[place])
+                parts[place - 1 in targets].extend([] if token == END else [token])
+            found.append((tokenizer.decode(parts[0]), tokenizer.decode(parts[1]).strip()))
+    return found
+
+
+def test_verdicts_are_the_verifiers(tmp_path: Path) -> None:
+    """As many right as wrong ones, each text once; the attempt itself is not learned."""
+    made = stream(tmp_path, GROUPS)
+    work = next(made)
+    found = learned(work)
+    assert [word for _, word in found] == ["Yes.", "No."] * 2
+    for text, word in found:
+        question, attempt, ask = text.split("\n")[:3]
+        assert question.startswith("u:q")
+        assert ask == f"u:{ASK}"
+        right = Low().score(Low().problem(0), attempt.removeprefix("a:"))
+        assert word == ("Yes." if right else "No.")
+    assert work.metrics["right_answers"] == work.metrics["wrong_answers"] == 3
+    assert len(made.waiting) == 2
+    again = stream(tmp_path, GROUPS)
+    again.restore(made.state())
+    assert learned(next(again)) == learned(next(made))
+
+
+def test_all_answers_without_balance(tmp_path: Path) -> None:
+    right = [["low", "a"], ["b", "c"]]
+    with pytest.raises(TreadleError, match="gave only right or only wrong answers"):
+        next(stream(tmp_path, right))
+    work = next(stream(tmp_path, right, balance=False))
+    assert [word for _, word in learned(work)] == ["Yes."] * 4
+
+
+GCD = ReasoningGym(families=(Family(name="gcd", settings=(("max_value", 100),)),))
+
+
+def test_critiques_name_the_first_mistake() -> None:
+    pytest.importorskip("reasoning_gym")
+    problem, strategy = GCD.problem(0), CritiqueAndRefine()
+    solution = worked_solution(problem)
+    lines = solution.splitlines()
+    assert len(lines) > 2
+    wrong = "\n".join([lines[0], "1 = 2", *lines[2:]])
+    critique, refined = LearnCritique()(problem, wrong, right=False)
+    first = (*problem.prompt, assistant(wrong), user(strategy.critique))
+    found = assistant(f"Line 2 is wrong: 1 = 2\nRight is: {lines[1]}")
+    assert critique.messages == (*first, found)
+    assert refined.messages == (*first, found, user(strategy.refine), assistant(solution))
+    (praise,) = LearnCritique()(problem, solution, right=True)
+    assert praise.messages[-1] == assistant("No mistakes.")
+    assert strategy.content in praise.messages[-1].content.lower(), "which ends the rounds"
+
+
+def test_where_a_text_leaves_another() -> None:
+    right = "a = 1\nb = 2\nAnswer: 2"
+    assert first_mistake("a = 1", right) == "Line 2 is missing: b = 2"
+    assert first_mistake(f"{right}\nc", right) == "Line 4 is too much: c"
+    assert first_mistake(f"  {right}\n\n", right).startswith("The steps are right")
+
+
+def test_a_model_learns_to_tell(tmp_path: Path) -> None:
+    """What begins low is right: a tiny model comes to say so of answers that it has not seen."""
+    model, plan = model_that_ends(), SingleProcess()
+    rollouts = Rollouts(problems=Low(), prompts=8, completions=8)
+    world, random = env(model, tmp_path), Random(0)
+    made = Reviewed(rollouts=rollouts, lesson=LearnVerdict(ask="?"), per_step=16).open(world)
+
+    def attempts(requests: object) -> list[list[Completion]]:
+        """Not the model's own: it would soon answer every question as it answers `ask`."""
+        texts = [random.choice("ab\u00fe\u00ff") + random.choice("xyz") for _ in range(64)]
+        return [said(texts[i : i + 8]) for i in range(0, 64, 8)]
+
+    made.rollouts.sample = attempts
+    fit(
+        model,
+        made,
+        CausalLM(),
+        optimizer=AdamW(lr=5e-3),
+        schedule=Constant(),
+        config=Fit(steps=200, precision=FP32()),
+        plan=plan,
+        world=plan.setup("cpu"),
+        folder=tmp_path / "checkpoints",
+    )
+    thinker = Thinker(Engine(model, world.tokenizer), lambda text: text)
+    texts = ["ax", "bz", "ay", "\u00fex", "\u00ffz", "\u00ffy"]
+    turns = ({"role": "user", "content": "q3"},)
+    scores = torch.tensor(ByVerdict(ask="?")(thinker, Ask(0, turns), texts, []))
+    assert scores[:3].mean() > scores[3:].mean() + 0.5
