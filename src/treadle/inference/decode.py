@@ -130,8 +130,7 @@ def recorded(
     recorder: Recorder,
     over: Recordable,
 ) -> Advance:
-    """Takes all pages at once: what is recorded knows them by their addresses."""
-    memory.store.reserve(memory.store.pages - 1)
+    """Passes that `recorder` plays back, of what `over` makes of them."""
     return Advance(
         model, memory, autocast, lambda f, inputs: recorder.record(over.prepare(f, inputs))
     )
