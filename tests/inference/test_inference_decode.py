@@ -117,6 +117,7 @@ def test_each_shape_is_compiled_once(counted: CompileCounter, cache) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # Inductor compiles torch's headers first, once a machine
 @pytest.mark.parametrize(
     ("name", "model"), list(variants()), ids=lambda v: v if isinstance(v, str) else ""
 )

@@ -97,14 +97,19 @@ def test_products_and_gradients(dtype: torch.dtype) -> None:
 
 
 def test_a_model_in_fp8_says_almost_the_same() -> None:
-    model = tiny_model()
-    text = torch.randint(0, 256, (40,))
+    """Closer than if each weight were off by the most that rounding can do, to either side."""
+    model, disturbed, text = tiny_model(), tiny_model(), torch.randint(0, 256, (40,))
     with torch.no_grad():
         before = model.logits(model(text)).log_softmax(-1)
+        for layer in disturbed.blocks.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight *= 1 + 2**-4 * torch.randn_like(layer.weight).sign()
         Float8()(model)
-        after = model.logits(model(text)).log_softmax(-1)
-    divergence = (before.exp() * (before - after)).sum(-1).mean()
-    assert 0 < divergence < 0.05
+        rounded, worst = (
+            (before.exp() * (before - m.logits(m(text)).log_softmax(-1))).sum(-1).mean()
+            for m in (model, disturbed)
+        )
+    assert 0 < rounded < worst / 2
     packed = [m for m in model.modules() if isinstance(m, Float8Weight)]
     assert len(packed) == 14
     request = Request((1, 2, 3), Sampling(temperature=0.0, max_tokens=6))

@@ -65,7 +65,7 @@ class _RMSNorm(torch.autograd.Function):
 
 @triton.jit
 def _forward(x, gain, y, r, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    row, columns = tl.program_id(0), tl.arange(0, BLOCK)
+    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     there = columns < WIDTH
     own = row * WIDTH + columns
     value = tl.load(x + own, mask=there, other=0.0).to(tl.float32)
@@ -77,7 +77,7 @@ def _forward(x, gain, y, r, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _backward(x, gain, r, dy, dx, parts, rows, programs, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    program, columns = tl.program_id(0), tl.arange(0, BLOCK)
+    program, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     there = columns < WIDTH
     scale = tl.load(gain + columns, mask=there, other=0.0).to(tl.float32)
     part = tl.zeros([BLOCK], tl.float32)
