@@ -238,7 +238,14 @@ class Engine:
                 drawing += members
                 rows += [end - 1 - len(sequence.guesses.trunk)] * len(members)
         if drawing:
-            draw(drawing, rows, logits, self.tokenizer.stop_ids, self.runner.context)
+            draw(
+                drawing,
+                rows,
+                logits,
+                self.tokenizer.stop_ids,
+                self.runner.context,
+                self.runner.peaks,
+            )
         for guesses in (sequence.guesses for sequence, _ in plan if sequence.guesses.paths):
             self.guessed += guesses.checked
             self.accepted += guesses.right
