@@ -19,19 +19,13 @@ def draw(
     logits: Float[Tensor, "N V"],
     stops: Collection[int],
     context: int,
-<<<<<<< HEAD
+    peaks: Peaks,
 ) -> list[int]:
     """Tokens for sequences whose logits begin at `rows`; more where a guess was right.
 
     Returns the rows that their last tokens are from.
     """
     drawn, last = list(zip(sequences, rows, strict=True)), dict(zip(sequences, rows, strict=True))
-=======
-    peaks: Peaks,
-) -> None:
-    """Tokens for sequences whose logits begin at `rows`; more where a guess was right."""
-    drawn = list(zip(sequences, rows, strict=True))
->>>>>>> native
     while drawn:
         rows = [row for _, row in drawn]
         every = rows == list(range(len(logits)))
