@@ -70,14 +70,16 @@ def opened(tmp_path: Path, rows: list[dict[str, str]], **fields):
 def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, says, **fields):
     """What is kept where the teacher says `says(problem, attempt)`."""
     count = fields.get("count", 3)
+    asked_for: list[int] = []
 
     class Mouth:
         def __init__(self, *args, **kwargs) -> None: ...
 
         def generate(self, requests, progress):
-            texts = [says(n % count, n // count) for n in range(len(requests))]
             seeds = [request.sampling.seed for request in requests]
-            assert len(set(seeds)) == len(seeds)
+            assert not set(seeds) & set(asked_for)
+            asked_for.extend(seeds)
+            texts = [says(seed % count, seed // count) for seed in seeds]
             return [
                 [Completion(text=t, tokens=(1,), logprobs=(0.0,), finish="stop")] for t in texts
             ]
@@ -97,7 +99,7 @@ def test_only_accepted_solutions_are_kept(monkeypatch, tmp_path: Path) -> None:
         return f"try {attempt}\nAnswer: {right}"
 
     metrics, rows = asked(monkeypatch, tmp_path, says, tries=2)
-    assert (metrics["asked"], metrics["kept"]) == (3, 2)
+    assert (metrics["problems"], metrics["asked"], metrics["kept"]) == (3, 5, 2)
     assert rows == [
         {"question": "0 + 1? Think.", "steps": "try 0", "result": "1"},
         {"question": "2 + 1? Think.", "steps": "try 1", "result": "3"},

@@ -33,7 +33,7 @@ from treadle.data.order import Order, Place
 from treadle.data.problems import Problems
 from treadle.data.source import Env, Source, Stream, Work
 from treadle.inference.engine import Engine
-from treadle.inference.request import Request
+from treadle.inference.request import Completion, Request
 from treadle.inference.sampling import Sampling
 from treadle.models.source import ModelSource
 from treadle.tokenizers.chat import encode_chat, encode_prompt
@@ -60,7 +60,7 @@ class Rationales(Step):
     problems: Problems
     count: int = Field(256, ge=1)
     tries: int = Field(1, ge=1)
-    """Answers to each problem; the first that is accepted is kept."""
+    """Answers to a problem, until one is accepted."""
     sampling: Sampling = Sampling(temperature=0.0, max_tokens=128)
     precision: Precision = Auto()
 
@@ -72,32 +72,47 @@ class Rationales(Step):
         tokenizer = tokenizer_of(opened)
         engine = Engine(model, tokenizer, autocast=partial(precision.autocast, "cpu"))
         problems = [self.problems.problem(i) for i in range(self.count)]
-        requests = [
-            Request(
-                tuple(encode_prompt(tokenizer, [m.plain() for m in problem.prompt])),
-                self.sampling.replace(seed=self.sampling.seed + attempt * self.count + i),
-            )
-            for attempt in range(self.tries)
-            for i, problem in enumerate(problems)
+        prompts = [
+            tuple(encode_prompt(tokenizer, [m.plain() for m in problem.prompt]))
+            for problem in problems
         ]
-        with workspace.progress.task(self.name, len(requests)) as task:
-            answers = engine.generate(requests, lambda done, total: task.update(done))
         kept: dict[int, dict[str, str]] = {}
-        for number, (answer,) in enumerate(answers):
-            i = number % self.count
-            steps, mark, result = answer.text.rpartition(MARK)
-            if i not in kept and mark and self.problems.score(problems[i], answer.text) >= 1.0:
-                question = str(problems[i].metadata.get("question", problems[i].prompt[-1].content))
-                rationale = {"question": question.strip(), "steps": steps.strip()}
-                kept[i] = {**rationale, "result": result.strip()}
+        asked = 0
+        for attempt in range(self.tries):
+            left = [i for i in range(self.count) if i not in kept]
+            requests = [Request(prompts[i], self._sampling(attempt, i)) for i in left]
+            answers = self._answers(engine, requests, workspace)
+            asked += len(left)
+            for i, (answer,) in zip(left, answers, strict=True):
+                steps, mark, result = answer.text.rpartition(MARK)
+                if mark and self.problems.score(problems[i], answer.text) >= 1.0:
+                    last = problems[i].prompt[-1].content
+                    question = str(problems[i].metadata.get("question", last))
+                    kept[i] = {
+                        "question": question.strip(),
+                        "steps": steps.strip(),
+                        "result": result.strip(),
+                    }
         if not kept:
             raise TreadleError(
-                f"{self.name}: the verifier accepted none of {len(requests)} answers: take a "
+                f"{self.name}: the verifier accepted none of {asked} answers: take a "
                 "better teacher, easier problems or more `tries`, and see that its last line "
                 f"begins with `{MARK}`"
             )
-        write_text(workspace.folder / FILE, "".join(json.dumps(r) + "\n" for r in kept.values()))
-        return {"kind": "rationales", "asked": self.count, "kept": len(kept)}
+        write_text(
+            workspace.folder / FILE, "".join(json.dumps(kept[i]) + "\n" for i in sorted(kept))
+        )
+        return {"kind": "rationales", "problems": self.count, "asked": asked, "kept": len(kept)}
+
+    def _answers(
+        self, engine: Engine, requests: list[Request], workspace: Workspace
+    ) -> list[list[Completion]]:
+        with workspace.progress.task(self.name, len(requests)) as task:
+            return engine.generate(requests, lambda done, total: task.update(done))
+
+    def _sampling(self, attempt: int, problem: int) -> Sampling:
+        """One seed for each answer."""
+        return self.sampling.replace(seed=self.sampling.seed + attempt * self.count + problem)
 
 
 class StepByStep(Source, Reads):

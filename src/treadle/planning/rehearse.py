@@ -1,6 +1,7 @@
 """A training step rehearsed without numbers: what it will need in memory and in work.
 
-    resident = base + KEPT (weights + optimiser states + gradients + activations + temporaries)
+    resident = base + what the heap keeps of (weights + optimiser states + gradients + activations
+                    + temporaries)
 
 The parts are not formulas: the model is built, rewritten by its transforms, put through the
 objective, backward and the optimiser as in a run, on tensors that have shapes and no memory, and a
@@ -15,6 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from treadle.core.cards import Card
@@ -25,7 +27,8 @@ from treadle.core.progress import Progress, Silent
 from treadle.data.batch import Batch
 from treadle.data.corpus import TextCorpus
 from treadle.data.texts import TextFiles
-from treadle.distillation.taught import Live, LivePupil
+from treadle.distillation.cached import Cached, likeliest
+from treadle.distillation.taught import Live, LivePupil, taught
 from treadle.models.decoder import Decoder, DecoderModel
 from treadle.models.llama import tiny_llama
 from treadle.models.source import Fresh
@@ -34,6 +37,7 @@ from treadle.objectives.causal import CausalLM
 from treadle.objectives.objective import Objective
 from treadle.optim.adamw import AdamW
 from treadle.optim.optimizer import Optimizer
+from treadle.planning.heap import held
 from treadle.planning.ledger import Ledger, rehearsing
 from treadle.tokenizers.train import ByteLevelBPE
 from treadle.train.fit import Fit
@@ -49,9 +53,9 @@ CARD = Card(
     recipe="treadle plan smollm2-135m-instruct --records 1000",
     oracle="tests/planning/test_planning_measured.py::test_peak_is_within_ten_percent",
 )
-KEPT = 1.03
-"""Resident memory over the bytes that are alive, where what is freed goes back at once
-(`FrugalProcesses`). glibc's heap as it is keeps more, 1.1 to 1.6 times as far as was measured."""
+SCRATCH = 0.05
+"""What kernels take for themselves, of the bytes that are alive: reordered weights, buffers of
+threads."""
 WORKERS = 2
 """Rehearsals at a time."""
 STEPS = 2
@@ -71,7 +75,8 @@ class Job:
     precision: Precision = field(default_factory=FP32)
     teacher: Decoder | None = None
     """A frozen model that reads the same batches in every step."""
-    lesson: Live = field(default_factory=Live)
+    lesson: Live | Cached = field(default_factory=Live)
+    """What it gives; of `Cached` the first epoch, in which it is asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +97,8 @@ class Needs:
     """Highest moment before the first step, as of dense weights that are then packed."""
     flops: int
     """Of one step."""
+    heap: int
+    """What the allocator holds at its highest: what lives, and the holes between."""
     base: int = 0
     """Resident memory of a run without a model to speak of: libraries, tokenizer, hooks."""
 
@@ -103,8 +110,13 @@ class Needs:
 
     @property
     def resident(self) -> int:
-        """Highest resident memory of a frugal process on a CPU."""
-        return self.base + round(KEPT * self.alive)
+        """Highest resident memory of a run on a CPU."""
+        return self.base + self.heap + round(SCRATCH * self.alive)
+
+    @property
+    def frugal(self) -> int:
+        """The same in `FrugalProcesses`, where what is given back leaves the process at once."""
+        return self.base + round((1 + SCRATCH) * self.alive)
 
 
 def rehearse_all(jobs: Sequence[Job], progress: Progress = Silent()) -> list[Needs]:
@@ -204,8 +216,22 @@ def _trained(
         temporaries=max(0, rest),
         loading=loading,
         flops=flops,
+        heap=held(ledger.requests),
     )
 
 
 def _taught(job: Job, teacher: DecoderModel, batch: Batch) -> Batch:
-    return LivePupil(job.lesson, teacher, "cpu", lambda: job.precision.autocast("cpu"))(batch, 0)
+    match job.lesson:
+        case Live():
+            autocast = partial(job.precision.autocast, "cpu")
+            return LivePupil(job.lesson, teacher, "cpu", autocast)(batch, 0)
+        case Cached(temperature=temperature):
+            with job.precision.autocast("cpu"):
+                tokens, logprobs = likeliest(job.lesson, teacher, batch)
+            return taught(
+                batch,
+                step=0,
+                top_tokens=tokens.int(),
+                top_logprobs=logprobs.float(),
+                top_temperature=temperature,
+            )
