@@ -12,6 +12,8 @@ kernels count as they are, and a new one needs no entry anywhere.
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -20,9 +22,10 @@ from functools import partial
 from pathlib import Path
 
 from treadle.core.cards import Card
+from treadle.core.config import to_yaml
 from treadle.core.errors import TreadleError
-from treadle.core.meter import highest_resident
-from treadle.core.pipeline import Pipeline, execute
+from treadle.core.files import write_text
+from treadle.core.pipeline import Pipeline, read_manifest
 from treadle.core.progress import Progress, Silent
 from treadle.data.batch import Batch
 from treadle.data.corpus import TextCorpus
@@ -129,11 +132,11 @@ def rehearse_all(jobs: Sequence[Job], progress: Progress = Silent()) -> list[Nee
     """
     context = multiprocessing.get_context("spawn")
     found: list[Needs] = []
+    base = _base()
     with (
         ProcessPoolExecutor(min(WORKERS, len(jobs)), mp_context=context) as pool,
         progress.task("rehearsing", len(jobs)) as task,
     ):
-        base = pool.submit(_base).result()  # before a rehearsal has left its traces
         for needs in pool.map(rehearse, jobs):
             found.append(replace(needs, base=base))
             task.update(len(found))
@@ -141,10 +144,14 @@ def rehearse_all(jobs: Sequence[Job], progress: Progress = Silent()) -> list[Nee
 
 
 def _base() -> int:
-    """Of a run of a model of next to no size: libraries, tokenizer, data, hooks, checkpoints."""
+    """Of `treadle run` with a model of next to no size: libraries, tokenizer, hooks, checkpoints.
+
+    Raises:
+        TreadleError: the run failed.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        text = folder / "text.txt"
+        text, recipe = folder / "text.txt", folder / "base.yaml"
         text.write_text("\n".join(f"The number after {i} is {i + 1}." for i in range(500)))
         documents = TextFiles(path=str(text), separator="\n")
         tokenizer = TrainTokenizer(documents=documents, tokenizer=ByteLevelBPE(vocab_size=300))
@@ -155,8 +162,20 @@ def _base() -> int:
             optimizer=AdamW(lr=1e-4),
             fit=Fit(steps=STEPS, precision=FP32()),
         )
-        execute(Pipeline(name="base", steps=(tokenizer, run)), folder / "run")
-    return highest_resident()
+        write_text(recipe, to_yaml(Pipeline(name="base", steps=(tokenizer, run))))
+        command = [
+            sys.executable,
+            "-m",
+            "treadle",
+            "run",
+            str(recipe),
+            "--dir",
+            str(folder / "run"),
+        ]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode:
+            raise TreadleError(f"a run of a tiny model failed:\n{done.stderr[-2000:]}")
+        return int(read_manifest(folder / "run" / run.name)["cost"]["peak_bytes"])
 
 
 def rehearse(job: Job) -> Needs:
