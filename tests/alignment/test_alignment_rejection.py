@@ -46,7 +46,7 @@ class FirstLetter(Problems):
         return float(bool(completion) and ord(completion[0]) < self.bound)
 
 
-class ByteModel(ModelSource):
+class RejectionBytes(ModelSource):
     """Ends its text often."""
 
     def open(self, workspace: Workspace) -> Opened:
@@ -61,7 +61,7 @@ def sampling_step(**changes: object) -> RejectionSample:
         problems=FirstLetter(), prompts=4, completions=6, sampling=Sampling(max_tokens=40)
     )
     return RejectionSample(
-        name="sample", model=ByteModel(), rollouts=rollouts, rounds=3, precision=FP32()
+        name="sample", model=RejectionBytes(), rollouts=rollouts, rounds=3, precision=FP32()
     ).replace(**changes)
 
 

@@ -19,8 +19,8 @@ from treadle.alignment.sandbox import bubblewrap_works
 from treadle.alignment.tool_solutions import CalculatorSolutions
 from treadle.alignment.tools import (
     Calculator,
+    CallableTool,
     PythonTool,
-    Tool,
     WithTools,
     calculate,
     call_text,
@@ -185,7 +185,7 @@ def test_python_runs_in_the_sandbox() -> None:
             tool({"code": "import socket; socket.create_connection(('1.1.1.1', 53), 1)"})
 
 
-class Broken(Tool):
+class BrokenTool(CallableTool):
     """Raises, hangs or leaves, as it is asked."""
 
     def name(self) -> str:
@@ -211,7 +211,7 @@ class Sum(Problems):
         return float(completion.endswith("4"))
 
 
-SUM = WithTools(problems=Sum(), tools=(Calculator(), Broken()), calls=3)
+SUM = WithTools(problems=Sum(), tools=(Calculator(), BrokenTool()), calls=3)
 
 
 @pytest.mark.parametrize(

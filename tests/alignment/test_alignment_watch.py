@@ -125,7 +125,7 @@ def trained(together: Combination, folder: Path) -> Log:
         GRPO(),
         optimizer=AdamW(lr=1e-2),
         schedule=Constant(),
-        config=Fit(steps=40, precision=FP32(), checkpoint_every=1000),
+        config=Fit(steps=26, precision=FP32(), checkpoint_every=1000),
         plan=plan,
         world=plan.setup("cpu"),
         folder=folder / "checkpoints",
@@ -136,17 +136,11 @@ def trained(together: Combination, folder: Path) -> Log:
 
 def test_a_planted_gameable_reward_is_resisted(tmp_path: Path) -> None:
     """Weighed three times what is wanted, the gameable part takes all under the usual mean; the
-    geometric mean keeps what is wanted. The log shows it: each reward by name, and repetition."""
+    geometric mean, best at one to three, keeps what is wanted. The log shows it: each reward by
+    name, and repetition."""
     mean = trained(ArithmeticMean(), tmp_path / "mean")
     held = trained(GeometricMean(), tmp_path / "held")
-    for log in (mean, held):
-        print(
-            [round(m["reward_wanted"], 2) for m in log.seen],
-            [round(m["reward_gamed"], 2) for m in log.seen],
-            log.late("repetition"),
-            log.late("length_rewarded"),
-        )
-    assert mean.late("reward_gamed") > 0.6
-    assert mean.late("reward_wanted") < 0.15
-    assert held.late("reward_wanted") > 0.25
-    assert mean.late("repetition") > mean.seen[0]["repetition"]
+    assert mean.late("reward_gamed") > 0.9
+    assert mean.late("reward_wanted") < 0.03
+    assert held.late("reward_wanted") > 0.1
+    assert mean.late("repetition") > 2 * held.late("repetition")

@@ -36,8 +36,8 @@ CARD = Card(
     id="al.reward.confidence",
     paper="Northcutt et al. 2021, arXiv:1911.00068 (cross-fitting); Mitchell 2023 (soft labels)",
     summary="Pairs weighted by how likely their labels are right: stated, or cross-fitted.",
-    recipe="treadle run reward-model steps.0.source.pairs.path=pairs.jsonl "
-    "steps.1.pairs.path=pairs.jsonl steps.0.source.confidence='{kind: CrossFitted, flipped: 0.2}'",
+    recipe="treadle run reward-model steps.reward.source.pairs.path=pairs.jsonl "
+    "steps.reward.source.confidence='{kind: CrossFitted, flipped: 0.2}'",
     oracle="tests/alignment/test_alignment_confidence.py::test_planted_flips_are_found",
 )
 

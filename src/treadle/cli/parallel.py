@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from treadle.cli.models import open_model, source_of
+from treadle.cli.numbers import Numbers
 from treadle.cli.voice import NATIVE, engine_of, on_torch
 
 if TYPE_CHECKING:
@@ -51,22 +52,25 @@ def engine_over(
     *,
     processes: int = 1,
     experts: int | None = None,
+    numbers: Numbers = Numbers(),
 ) -> Iterator[Engine]:
     """An engine with the model that `target` names; in processes but the first, an exit.
 
     Args:
         processes: that hold a part of the model each.
         experts: of each layer that are kept in memory; None: all.
+        numbers: of the weights, in one process that holds them all.
 
     Raises:
         TreadleError: there is no such model or device, it cannot be cut, torchrun did not start as
             many processes, or the model has no experts that could stay in its file.
     """
+    check_whole(limits, numbers, whole=processes == 1 and experts is None)
     if experts is not None:
         yield _offloaded(target, device, limits, processes, experts)
         return
     if processes == 1:
-        yield engine_of(target, device, limits)
+        yield engine_of(target, device, limits, numbers)
         return
     with crew_over(target, device, limits, processes) as crew:
         engine = crew.open()
@@ -81,7 +85,8 @@ def crew_over(target: str, device: str, limits: EngineConfig, processes: int) ->
     """What opens a model over several processes; in those but the first, an exit.
 
     Raises:
-        TreadleError: as `engine_over`; or a process ended before its time.
+        TreadleError: as `engine_over`.
+        Exit: a process ended before its time, which was said.
     """
     from treadle.core.errors import TreadleError
     from treadle.inference.paged_memory import Paged
@@ -166,13 +171,7 @@ class _Others:
 
 @contextmanager
 def _others(processes: int) -> Iterator[None]:
-    """The other processes of this command, unless torchrun started them.
-
-    Raises:
-        TreadleError: one ended before its time.
-    """
-    from treadle.core.errors import TreadleError
-
+    """The other processes of this command, unless torchrun started them."""
     if "WORLD_SIZE" in os.environ:
         yield
         return
@@ -202,7 +201,7 @@ def _others(processes: int) -> Iterator[None]:
         for child in others.children:
             _end(child)
     if others.lost:
-        raise TreadleError(others.lost)
+        raise typer.Exit(1)
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
@@ -210,6 +209,19 @@ def _end(child: subprocess.Popen[bytes]) -> None:
         child.wait(PATIENCE)
     except subprocess.TimeoutExpired:
         child.kill()
+
+
+def check_whole(limits: EngineConfig, numbers: Numbers, *, whole: bool) -> None:
+    """Raises TreadleError where number formats or a way to decode are asked of a part."""
+    from treadle.core.errors import TreadleError
+    from treadle.inference.decode import Eager
+
+    if whole or (not numbers.given and isinstance(limits.decode, Eager)):
+        return
+    raise TreadleError(
+        "--dtype, --quantize and --decode are for a model that one process holds whole: leave them "
+        "out, or --tensor-parallel and --experts"
+    )
 
 
 def told_of_experts(engine: Engine) -> None:

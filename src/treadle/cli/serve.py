@@ -9,8 +9,9 @@ import typer
 
 from treadle.cli.chat import Device
 from treadle.cli.command import Command
-from treadle.cli.kinds import CacheKind, DraftKind, limits_of
-from treadle.cli.parallel import TensorParallel, crew_over
+from treadle.cli.kinds import CacheKind, DecodeKind, DraftKind, limits_of
+from treadle.cli.numbers import Dtype, Numbers, Quantize
+from treadle.cli.parallel import TensorParallel, check_whole, crew_over
 
 if TYPE_CHECKING:
     from treadle.inference.engine import EngineConfig
@@ -78,6 +79,9 @@ def serve(
     ] = 1,
     cache: CacheKind = None,
     draft: DraftKind = None,
+    decode: DecodeKind = None,
+    dtype: Dtype = None,
+    quantize: Quantize = None,
     tensor_parallel: TensorParallel = 1,
     device: Device = "auto",
 ) -> None:
@@ -99,18 +103,20 @@ def serve(
         memory_bytes=None if memory is None else int(memory * 1e9),
         drain_seconds=drain,
     )
-    limits = limits_of(cache, draft, slots=slots, adapters=adapter_slots)
+    limits = limits_of(cache, draft, decode, slots=slots, adapters=adapter_slots)
     limits = limits.model_copy(update={"prefix_folder": str(prefixes) if prefixes else None})
+    numbers = Numbers(dtype, quantize)
     shown = host if ":" not in host else f"[{host}]"
     if tensor_parallel > 1:
         _only(models, replicas=replicas > 1, adapter=adapter, trial=trial, route=route)
+        check_whole(limits, numbers, whole=False)
         if prefixes is not None:
             raise TreadleError("--tensor-parallel keeps no prefixes on disk: leave out --prefixes")
         name, target = _named(models[0])
         with crew_over(target, device, limits, tensor_parallel) as crew:
             _serve(build([Base(name, crew.open)], config), name, config, shown)
         return
-    offers = offers_of(models, adapter or [], device, limits)
+    offers = offers_of(models, adapter or [], device, limits, numbers)
     if replicas > 1:
         if route:
             raise TreadleError("replicas know no routes: leave out --replicas or --route")
@@ -165,7 +171,11 @@ def _replicated(
 
 
 def offers_of(
-    models: list[str], adapters: list[str], device: str, limits: EngineConfig
+    models: list[str],
+    adapters: list[str],
+    device: str,
+    limits: EngineConfig,
+    numbers: Numbers = Numbers(),
 ) -> list[Offer]:
     """What the arguments name.
 
@@ -183,7 +193,7 @@ def offers_of(
         name, target = _named(text)
         adapted = adapters and not offers
         chosen = on_torch(device) if adapted else device  # native kernels run no adapters
-        offers.append(Base(name, partial(engine_of, target, chosen, limits)))
+        offers.append(Base(name, partial(engine_of, target, chosen, limits, numbers)))
     for text in adapters:
         name, _, folder = text.partition("=")
         if not (name and folder):

@@ -127,7 +127,7 @@ class Advance:
     def __call__(self, batch: Batch) -> Float[Tensor, "N V"]:
         memory, count = self.memory, len(batch.starts)
         memory.announce(batch, [], list(range(count)))
-        memory.store.settle()
+        self._settle()
         if self.doubt:
             self._look_again()
         pages = max(start // memory.page + 1 for start in batch.starts)
@@ -154,6 +154,13 @@ class Advance:
         if (rows, width) not in self.frames:
             self.frames[rows, width] = Frame(rows, width, self.memory.device)
         return self.frames[rows, width]
+
+    def _settle(self) -> None:
+        """Take the memory for what was announced. Compilers must not count on its size."""
+        self.memory.store.settle()
+        for planes in self.memory.store.planes.values():
+            for plane in planes:
+                torch._dynamo.maybe_mark_dynamic(plane, 0)
 
     def _look_again(self) -> None:
         planes = (p for planes in self.memory.store.planes.values() for p in planes)

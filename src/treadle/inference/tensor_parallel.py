@@ -122,7 +122,7 @@ class TensorParallelRunner(Runner):
     def close(self) -> None:
         """The other processes return from `follow`."""
         if not (self.link.closed.is_set() or self.link.broken):
-            _tell({})
+            self.link.broken = not _told({})
         self.link.closed.set()
 
 
@@ -164,7 +164,7 @@ class Crew:
     def dismiss(self) -> None:
         """The others return from `attend_to`."""
         if self._link is None or not self._link.broken:
-            _tell({})
+            _told({})
 
 
 def attend_to(load: Callable[[], DecoderModel], cache: Cache = Paged()) -> None:
@@ -200,6 +200,15 @@ def _tell(what: dict[str, Any]) -> None:
     text = bytearray(json.dumps(what).encode())
     dist.broadcast(torch.tensor([len(text)]), src=0)
     dist.broadcast(torch.frombuffer(text, dtype=torch.uint8), src=0)
+
+
+def _told(what: dict[str, Any]) -> bool:
+    """Whether the others are still there to be told."""
+    try:
+        _tell(what)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _hear() -> dict[str, Any]:

@@ -37,9 +37,8 @@ CARD = Card(
     id="al.reward.mixture",
     paper="Wang et al. 2024, ArmoRM, arXiv:2406.12845",
     summary="Rewards by aspect, mixed by a gate that reads the prompt.",
-    recipe="treadle run reward-mixture steps.0.source.aspects.0.pairs.path=one.jsonl "
-    "steps.0.source.aspects.1.pairs.path=two.jsonl steps.1.pairs.path=one.jsonl "
-    "steps.2.pairs.path=two.jsonl",
+    recipe="treadle run reward-mixture steps.mixture.source.aspects.0.pairs.path=harmless.jsonl "
+    "steps.mixture.source.aspects.1.pairs.path=helpful.jsonl",
     oracle="tests/objectives/test_objectives_reward_mixture.py::test_loss_and_gradients_by_rows",
 )
 WHOLE = -1

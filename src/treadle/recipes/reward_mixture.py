@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from treadle.alignment.aspects import Aspect, AspectPreferences, MixtureOf
+from treadle.alignment.held_out import HeldOut
 from treadle.alignment.measure import MeasurePreferences
 from treadle.alignment.preferences import PairFiles
 from treadle.core.pipeline import Pipeline
@@ -38,10 +39,10 @@ def reward_mixture() -> Pipeline:
             name=f"measure-{name}",
             subject="mixture",
             model=Trained(step="mixture"),
-            pairs=pairs.replace(held_out=True),
+            pairs=HeldOut(step="mixture", aspect=name),
             judge=MixtureOf(),
             minutes=2.0,
         )
-        for name, pairs in zip(names, kinds, strict=True)
+        for name in names
     )
     return Pipeline(name="reward-mixture", steps=(train, *measures, Report()))

@@ -113,7 +113,8 @@ class Pool:
         return name if entry.shares else None
 
     def unload_idle(self) -> None:
-        """Unload what nobody has used for `idle_seconds`."""
+        """Unload what nobody has used for `idle_seconds`, and let go of what was unloaded."""
+        self._ending = [worker for worker in self._ending if worker.alive]
         now = time.monotonic()
         for entry in self._entries.values():
             if entry.idle and now - entry.used >= self.config.idle_seconds:

@@ -17,6 +17,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from treadle.core.cards import Card
+
+CARD = Card(
+    id="deploy.ui.sources",
+    paper="Robertson and Walker 1994, BM25; Gao et al. 2023, ALCE, arXiv:2305.14627",
+    summary="Documents in a chat: the best passages are shown to the model, its answer cites them.",
+    recipe="treadle serve smollm2-135m-instruct",
+    oracle="tests/serving/test_serving_sources.py::test_the_best_passages_are_those_of_the_formula",
+)
 LONGEST = 900
 """Characters of a passage."""
 WORD = re.compile(r"\w+")

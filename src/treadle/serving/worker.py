@@ -126,7 +126,7 @@ class Worker:
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._jobs: dict[int, _Job] = {}
         self._numbers: dict[Ticket, int] = {}
-        self._thread = threading.Thread(target=self._run, name=f"engine {name}", daemon=True)
+        self._thread = threading.Thread(target=self._live, name=f"engine {name}", daemon=True)
         self._thread.start()
 
     @contextmanager
@@ -207,6 +207,10 @@ class Worker:
     def _count(self) -> None:
         self.metrics.open.labels(self.name).set(len(self.tickets))
 
+    def _live(self) -> None:
+        self._run()
+        self.engine.runner.close()
+
     def _run(self) -> None:
         while True:
             try:
@@ -214,7 +218,6 @@ class Worker:
                     command = self._commands.get()
                     if command is None:
                         self._fail(unavailable("the model is being unloaded", "unloaded"))
-                        self.engine.runner.close()
                         return
                     command()
                 self._step()
