@@ -21,7 +21,7 @@ from treadle.inference.cache import Cache
 from treadle.inference.contiguous import Contiguous
 from treadle.inference.heavy_hitters import HeavyHitters
 from treadle.inference.paged_memory import Paged, PagesOnly
-from treadle.inference.quantised import Quantised
+from treadle.inference.quantised import Quantised, Smoothed
 from treadle.inference.rolling import Rolling
 from treadle.inference.runner import Batch
 from treadle.inference.snapkv import SnapKV
@@ -37,6 +37,7 @@ KINDS: dict[str, Cache] = {
     "contiguous": Contiguous(),
     "8 bits": Quantised(bits=8),
     "4 bits": Quantised(bits=4),
+    "4 bits, smoothed keys": Quantised(bits=4, keys=Smoothed()),
     f"rolling, {BUDGET - 4} and 4 sinks": Rolling(window=BUDGET - 4, sinks=4),
     f"rolling, {BUDGET}, no sinks": Rolling(window=BUDGET, sinks=0),
     f"H2O, {BUDGET}": HeavyHitters(budget=BUDGET, recent=BUDGET // 2),

@@ -180,7 +180,8 @@ def test_experts_stay_in_the_file(tmp_path: Path) -> None:
     assert "leave out --tensor-parallel" in both.stderr
 
 
-def test_tensor_parallel_needs_torchrun(base: Path) -> None:
+def test_torchrun_has_to_start_as_many(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
     done = treadle("generate", str(base), "the", "--tensor-parallel", "2")
     assert done.exit_code == 2
     assert "torchrun --nproc-per-node=2 -m treadle" in done.stderr

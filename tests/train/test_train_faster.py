@@ -37,14 +37,6 @@ def adapted() -> DecoderModel:
     return model.train()
 
 
-def far(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Largest error of each, relative to its largest number."""
-    return {
-        n: float((found[n] - e).abs().max() / e.abs().max().clamp(min=1e-30))
-        for n, e in exact.items()
-    }
-
-
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Modules compile as ever, forward and backward, but without Inductor's C++."""
@@ -80,11 +72,11 @@ def test_triton_kernels_train_the_same_model() -> None:
     fast = TritonKernels()(copy.deepcopy(plain))
     assert fast.state_dict().keys() == plain.state_dict().keys()
     tokens = torch.randint(0, 257, (11,))
+    found = gradients(fast, tokens)
     exact = gradients(copy.deepcopy(plain).double(), tokens)
-    found, usual = far(gradients(fast, tokens), exact), far(gradients(plain, tokens), exact)
-    assert found.keys() == usual.keys()
-    # This model magnifies rounding errors: they may be as large as those of the plain layers.
-    assert max(found.values()) <= 4 * max(usual.values())
+    for name, wanted in exact.items():  # either is 2e-4 of the largest away where softmax is sharp
+        largest = float(wanted.abs().max())
+        torch.testing.assert_close(found[name].double(), wanted, atol=3e-4 * largest, rtol=0.0)
     norms = [m for m in fast.modules() if hasattr(m, "kernel")]
     assert {m.kernel.__module__ for m in norms} == {
         "treadle.kernels.gpu.rms_norm",

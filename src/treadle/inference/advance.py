@@ -59,7 +59,7 @@ class Steady(Context):
         v: Float[Tensor, "B G E"],
         rule: AttentionRule,
     ) -> Float[Tensor, "B H E"]:
-        rows = self.store.encode(k[self.owners], v[self.owners])
+        rows = self.store.encode(layer, k[self.owners], v[self.owners])
         for plane, row in zip(self.store.planes[layer], rows, strict=True):
             plane.index_copy_(0, self.places, row)
         where = Where(self.store.page, self.tables, self.positions)
