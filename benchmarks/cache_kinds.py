@@ -20,8 +20,8 @@ from treadle.evals.wikitext import articles, plain
 from treadle.inference.cache import Cache
 from treadle.inference.contiguous import Contiguous
 from treadle.inference.heavy_hitters import HeavyHitters
-from treadle.inference.paged_memory import Paged
-from treadle.inference.quantised import Quantised
+from treadle.inference.paged_memory import Paged, PagesOnly
+from treadle.inference.quantised import Quantised, Smoothed
 from treadle.inference.rolling import Rolling
 from treadle.inference.runner import Batch
 from treadle.inference.snapkv import SnapKV
@@ -33,9 +33,11 @@ from treadle.tokenizers.tokenizer import Tokenizer
 BUDGET = 128
 KINDS: dict[str, Cache] = {
     "paged": Paged(),
+    "pages only": PagesOnly(),
     "contiguous": Contiguous(),
     "8 bits": Quantised(bits=8),
     "4 bits": Quantised(bits=4),
+    "4 bits, smoothed keys": Quantised(bits=4, keys=Smoothed()),
     f"rolling, {BUDGET - 4} and 4 sinks": Rolling(window=BUDGET - 4, sinks=4),
     f"rolling, {BUDGET}, no sinks": Rolling(window=BUDGET, sinks=0),
     f"H2O, {BUDGET}": HeavyHitters(budget=BUDGET, recent=BUDGET // 2),

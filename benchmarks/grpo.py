@@ -17,14 +17,13 @@ from pathlib import Path
 import race
 from common import gsm8k, model_folder
 
-STEPS = 3
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--completions", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=3, help="the first is not counted")
     parser.add_argument("--sampler", choices=["own", "merged", "native"], default="native")
 
 
@@ -53,7 +52,7 @@ def treadle(args: argparse.Namespace) -> Mapping[str, float]:
     from treadle.train.precision import BF16, FP32
     from treadle.train.step import summed_gradients
 
-    chats = gsm8k(args.prompts * STEPS)
+    chats = gsm8k(args.prompts * args.steps)
 
     class Questions(Problems):
         def problem(self, index: int) -> Problem:
@@ -89,7 +88,7 @@ def treadle(args: argparse.Namespace) -> Mapping[str, float]:
             )
         )
         step, generation, mismatch = race.Clock(), race.Clock(), 0.0
-        for _ in range(STEPS):
+        for _ in range(args.steps):
             with step.lap():
                 with generation.lap():
                     work = next(stream)
@@ -124,7 +123,7 @@ def trl_grpo(args: argparse.Namespace) -> Mapping[str, float]:
     def letter(completions, **_) -> list[float]:
         return [reward(c[0]["content"]) for c in completions]
 
-    data = Dataset.from_list([{"prompt": chat[:1]} for chat in gsm8k(args.prompts * STEPS)])
+    data = Dataset.from_list([{"prompt": chat[:1]} for chat in gsm8k(args.prompts * args.steps)])
     with tempfile.TemporaryDirectory() as folder:
         GRPOTrainer(
             model=AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32),
@@ -134,7 +133,7 @@ def trl_grpo(args: argparse.Namespace) -> Mapping[str, float]:
                 per_device_train_batch_size=args.prompts * args.completions,
                 num_generations=args.completions,
                 max_completion_length=args.tokens,
-                max_steps=STEPS,
+                max_steps=args.steps,
                 learning_rate=1e-5,
                 beta=0.0,
                 gradient_checkpointing=False,

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 from tiny_generation import byte_tokenizer, tiny_model
 
+from treadle.alignment.agreement import Agreement
 from treadle.alignment.feedback import ByMarks, Comparison, Labeller, Verdict
-from treadle.alignment.iterate import Compare, PairsOf, WinRate
-from treadle.alignment.preferences import Preferences
+from treadle.alignment.iterate import Compare, PairsOf, WinRate, judged
+from treadle.alignment.preferences import PairFiles, Preferences
 from treadle.core.errors import TreadleError
 from treadle.core.pipeline import Pipeline, Workspace, execute, read_manifest
 from treadle.data.problems import Problems
 from treadle.data.records import Problem, user
+from treadle.data.split import LeakFreeSplit
 from treadle.inference.sampling import Sampling
 from treadle.models.source import ModelSource, Opened
 from treadle.objectives.dpo import DPO
@@ -26,6 +29,7 @@ from treadle.train.run import Run, Trained
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:"
 SAMPLING = Sampling(max_tokens=8)
+PIPELINE = Pipeline(name="p", steps=())
 
 
 class IteratedModel(ModelSource):
@@ -138,6 +142,100 @@ def test_pairs_are_written_as_they_were_judged(tmp_path: Path) -> None:
     for row in rows:
         assert judge.score(problem, row["chosen"]) < judge.score(problem, row["rejected"])
         assert row["confidence"] == 0.75
+
+
+class Unruly(IteratedLetters):
+    """A verifier that crashes, hangs, or gives no number, as the answer tells it to."""
+
+    def score(self, problem: Problem, completion: str) -> float:
+        if completion == "crash":
+            raise ZeroDivisionError("oops")
+        while completion == "hang":
+            pass
+        return math.nan if completion == "nan" else super().score(problem, completion)
+
+
+def test_a_verifier_that_fails_costs_its_pair_and_not_the_run(tmp_path: Path) -> None:
+    problems = Unruly()
+    workspace = Workspace(tmp_path, tmp_path, Pipeline(name="p", steps=()))
+    pairs = [("ab", "crash"), ("hang", "ab"), ("nan", "nan"), ("ab", "1")]
+    comparisons = [Comparison(problems.problem(0), a, b) for a, b in pairs]
+    verdicts = ByMarks(patience=2.0)(comparisons, problems, workspace)
+    assert [v.first_better for v in verdicts] == [0.5, 0.5, 0.5, 1.0]
+    assert [v.failure for v in verdicts] == [
+        "ZeroDivisionError: oops",
+        "OvertimeError: no answer within 2 s",
+        "the reward was nan",
+        "",
+    ]
+    assert judged(verdicts) == {"verdicts_failed": 3.0}
+    with pytest.raises(TreadleError, match="the verifier failed for all 2 completions"):
+        ByMarks()(comparisons[2:3], problems, workspace)
+
+
+class LongAtTimes(IteratedLetters):
+    """Every second prompt fills the context."""
+
+    def problem(self, index: int) -> Problem:
+        return Problem((user("long " * 60 if index % 2 else "short"),), "", "letters")
+
+
+def test_prompts_beyond_the_context_are_counted(tmp_path: Path) -> None:
+    step = compare(problems=LongAtTimes(), count=16)
+    execute(Pipeline(name="p", steps=(step,)), tmp_path)
+    metrics = read_manifest(tmp_path / "label-1")["metrics"]
+    assert metrics["prompts_too_long"] == 8
+    assert metrics["compared"] + metrics["same_or_empty"] == 32
+    assert metrics["same_or_empty"] >= 16
+    rows = [json.loads(x) for x in (tmp_path / "label-1" / "pairs.jsonl").read_text().splitlines()]
+    assert {r["prompt"][0]["content"] for r in rows} == {"short"}
+
+
+def test_answers_of_an_interrupted_step_are_kept(tmp_path: Path) -> None:
+    """What a person has labelled is what is labelled further."""
+
+    class Tired(Labeller):
+        def __call__(self, comparisons, problems, workspace):
+            raise KeyboardInterrupt
+
+    step = compare(count=4)
+    with pytest.raises(KeyboardInterrupt):
+        Compare.execute(step.replace(labeller=Tired()), Workspace(tmp_path, tmp_path, PIPELINE))
+    path = tmp_path / "answers.json"
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps({**kept, "texts": [["a", "1", "b", "?"]] * 4}))
+    step.execute(Workspace(tmp_path, tmp_path, PIPELINE))
+    rows = [json.loads(x) for x in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    assert {(r["chosen"], r["rejected"]) for r in rows} == {("a", "1"), ("b", "?")}
+
+
+def test_pairs_of_people_are_asked_again(tmp_path: Path) -> None:
+    """Agreement is with the labels, whichever answer is shown first; equal answers are left out."""
+    rows = [
+        {"prompt": f"p{i}", "chosen": "good" if i % 4 else "1", "rejected": "2"} for i in range(40)
+    ]
+    rows[0] = {"prompt": "p", "chosen": "same", "rejected": "same "}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    pairs = PairFiles(path=str(path), parts=LeakFreeSplit(validation=0, test=0))
+
+    class Letters(Labeller):
+        """Likes letters, and what stands first."""
+
+        def __call__(self, comparisons, problems, workspace):
+            liked = [c.first.isalpha() - c.second.isalpha() for c in comparisons]
+            return [Verdict(0.5 + 0.3 * x, bias=5.0) for x in liked]
+
+    step = Agreement(name="agreement", labeller=Letters(), pairs=pairs)
+    execute(Pipeline(name="p", steps=(step,)), tmp_path / "run")
+    metrics = read_manifest(tmp_path / "run" / "agreement")["metrics"]
+    good = sum(r["chosen"] == "good" for r in rows)
+    assert metrics["left_out"] == 1
+    assert metrics["results"]["agreement"]["value"] == pytest.approx((good + (39 - good) / 2) / 39)
+    one_order = metrics["results"]["agreement in one order"]["value"]
+    assert 0.3 < one_order < 0.7  # whatever stands first
+    with pytest.raises(TreadleError, match="pairs out of a file have no verifier"):
+        step.replace(labeller=ByMarks()).execute(Workspace(tmp_path, tmp_path, PIPELINE))
 
 
 def test_verifiers_tie_and_nothing_decided_is_an_error(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from treadle.alignment.negotiation import (
     Bargaining,
     Deal,
     Negotiation,
-    Scripted,
+    ScriptedDeals,
     offer_of,
     offer_text,
     script,
@@ -126,7 +126,9 @@ def test_scripts_keep_the_rules() -> None:
         heard = play(game.deal(number), spoken)
         assert heard.next is None or len(spoken) == game.offers
         agreed += sum(heard.rewards) > 0
-        first, second = (Scripted().conversation(2 * number + seat).messages for seat in (0, 1))
+        first, second = (
+            ScriptedDeals().conversation(2 * number + seat).messages for seat in (0, 1)
+        )
         assert [m.content for m in first[1:] if m.role == "assistant"] == spoken[0::2]
         assert [m.content for m in second[1:] if m.role == "assistant"] == spoken[1::2]
         assert second[1].content == f"The other says: {spoken[0]}"
@@ -145,7 +147,9 @@ def schooled(folder: Path, steps: int) -> Env:
     """A small model that has heard scripted negotiations over one kind of thing."""
     game = Negotiation(kinds=1, most=4, offers=3)
     texts = [
-        m.content for i in range(80) for m in Scripted(negotiation=game).conversation(i).messages
+        m.content
+        for i in range(80)
+        for m in ScriptedDeals(negotiation=game).conversation(i).messages
     ]
     tokenizer = ByteLevelBPE(vocab_size=400)(texts).with_template(TEMPLATE)
     torch.manual_seed(0)
@@ -153,7 +157,7 @@ def schooled(folder: Path, steps: int) -> Env:
         tokenizer.vocab_size, dim=48, layers=2, heads=4, kv_heads=2, hidden=96, context=256
     )
     env = Env(model=decoder.build(), tokenizer=tokenizer, scratch=folder)
-    train(env, Supervised(conversations=Scripted(negotiation=game), per_step=16), CausalLM(),
+    train(env, Supervised(conversations=ScriptedDeals(negotiation=game), per_step=16), CausalLM(),
           steps, 3e-3, folder / "school")  # fmt: skip
     return env
 
@@ -206,7 +210,7 @@ def test_each_seat_learns_from_its_own_payoff(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer().with_template(TEMPLATE)
     env = Env(model=tiny_model(), tokenizer=tokenizer, scratch=tmp_path)
     source = self_play().replace(
-        environment=Whispers(), sampling=Sampling(max_tokens=4, stop=SMALL)
+        environment=Whispers(), sampling=Sampling(max_tokens=40, stop=SMALL)
     )
     episodes = source.open(env).roll()
     lanes = lanes_of(episodes, 8)

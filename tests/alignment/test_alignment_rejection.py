@@ -10,7 +10,7 @@ from tiny_generation import byte_tokenizer, tiny_model
 
 from treadle.alignment.rejection import (
     ACCEPTED,
-    Joined,
+    JoinedConversations,
     RejectionSample,
     Sampled,
     SampledAndGeneral,
@@ -46,7 +46,7 @@ class FirstLetter(Problems):
         return float(bool(completion) and ord(completion[0]) < self.bound)
 
 
-class ByteModel(ModelSource):
+class RejectionBytes(ModelSource):
     """Ends its text often."""
 
     def open(self, workspace: Workspace) -> Opened:
@@ -61,7 +61,7 @@ def sampling_step(**changes: object) -> RejectionSample:
         problems=FirstLetter(), prompts=4, completions=6, sampling=Sampling(max_tokens=40)
     )
     return RejectionSample(
-        name="sample", model=ByteModel(), rollouts=rollouts, rounds=3, precision=FP32()
+        name="sample", model=RejectionBytes(), rollouts=rollouts, rounds=3, precision=FP32()
     ).replace(**changes)
 
 
@@ -164,12 +164,12 @@ class Counted(Conversations):
 
 
 def test_conversations_follow_each_other() -> None:
-    joined = Joined(of=(Counted(word="a"), Counted(word="b", amount=3)))
+    joined = JoinedConversations(of=(Counted(word="a"), Counted(word="b", amount=3)))
     said = [joined.conversation(i).messages[1].content for i in range(5)]
     assert said == ["a0", "a1", "b0", "b1", "b2"]
     assert joined.count() == 5
-    endless = Joined(of=(Counted(word="a"), Counted(word="b", amount=None)))
+    endless = JoinedConversations(of=(Counted(word="a"), Counted(word="b", amount=None)))
     assert endless.count() is None
     assert endless.conversation(9).messages[1].content == "b7"
     with pytest.raises(TreadleError, match="Counted never ends: put it last"):
-        Joined(of=(Counted(word="b", amount=None), Counted(word="a"))).conversation(0)
+        JoinedConversations(of=(Counted(word="b", amount=None), Counted(word="a"))).conversation(0)

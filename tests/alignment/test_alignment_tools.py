@@ -19,8 +19,8 @@ from treadle.alignment.sandbox import bubblewrap_works
 from treadle.alignment.tool_solutions import CalculatorSolutions
 from treadle.alignment.tools import (
     Calculator,
+    CallableTool,
     PythonTool,
-    Tool,
     WithTools,
     calculate,
     call_text,
@@ -185,7 +185,7 @@ def test_python_runs_in_the_sandbox() -> None:
             tool({"code": "import socket; socket.create_connection(('1.1.1.1', 53), 1)"})
 
 
-class Broken(Tool):
+class BrokenTool(CallableTool):
     """Raises, hangs or leaves, as it is asked."""
 
     def name(self) -> str:
@@ -211,7 +211,7 @@ class Sum(Problems):
         return float(completion.endswith("4"))
 
 
-SUM = WithTools(problems=Sum(), tools=(Calculator(), Broken()), calls=3)
+SUM = WithTools(problems=Sum(), tools=(Calculator(), BrokenTool()), calls=3)
 
 
 @pytest.mark.parametrize(
@@ -348,6 +348,18 @@ def test_a_stream_of_plays_goes_on_where_it_was(tmp_path: Path) -> None:
     assert [b.tokens.tolist() for b in found.batches] == [
         b.tokens.tolist() for b in expected.batches
     ]
+
+
+def test_what_has_no_room_is_not_learned_on(tmp_path: Path) -> None:
+    """A play that fills the context in a later turn ends there, with what was said so far."""
+    stream = chatting(turns=9, environment=Chatting(rounds=9)).open(env(tiny_model(), tmp_path))
+    episodes = stream.roll()
+    long = [e for e in episodes if e.cut_off and e.turns > 1]
+    assert long
+    for seat in (e.seats[0] for e in episodes):
+        assert len(seat.prompt) + len(seat.tokens) <= 128
+        assert seat.learned[-1]
+        assert sum(seat.learned) == len(seat.logprobs)
 
 
 def test_copies_of_a_play_draw_differently(tmp_path: Path) -> None:

@@ -165,6 +165,28 @@ def test_the_folder_is_bounded_and_drops_the_oldest(tmp_path: Path) -> None:
     assert PrefixFolder(tmp_path, "m", limit=3000).size == folder.size
 
 
+def test_the_folder_counts_what_is_on_disk(tmp_path: Path) -> None:
+    """A page that is there already is not counted twice; one beyond the limit is not kept."""
+
+    def on_disk() -> int:
+        return sum(f.stat().st_size for f in tmp_path.rglob("*.safetensors"))
+
+    content = torch.zeros(128)
+    folder = PrefixFolder(tmp_path, "m", limit=10**6)
+    for _ in range(3):
+        folder.put(b"a", content)
+    assert folder.size == on_disk() > 512
+    exact = PrefixFolder(tmp_path, "m", limit=2 * on_disk())
+    exact.put(b"b", content)  # just as much as there may be
+    assert exact.size == on_disk() == exact.limit
+    small = PrefixFolder(tmp_path / "small", "m", limit=500)
+    changed: list[bytes] = []
+    small._shrink = lambda: changed.append(b"")  # type: ignore[method-assign]
+    small.put(b"c", content)
+    assert small.size == 0
+    assert not changed
+
+
 def test_the_fingerprint_tells_weights_and_precision_apart() -> None:
     marks = [
         fingerprint(tiny_model(), 16, nullcontext, ""),

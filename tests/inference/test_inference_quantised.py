@@ -9,7 +9,7 @@ from tiny_generation import byte_tokenizer, tiny_model
 from treadle.core.errors import ConfigError
 from treadle.inference.engine import Engine, EngineConfig
 from treadle.inference.paged_memory import Paged
-from treadle.inference.quantised import Quantised
+from treadle.inference.quantised import Quantised, Smoothed, Unscaled
 from treadle.inference.request import Request
 from treadle.inference.sampling import Sampling
 from treadle.inference.speculative import NGram
@@ -64,13 +64,57 @@ def test_equals_attention_on_rounded_keys(bits: int, group: int) -> None:
         assert near.abs().max() < 0.2
 
 
+def test_smoothed_keys_are_rounded_in_units_of_their_channels() -> None:
+    """By formula, one group at a time, with the sizes taken from keys that a hook saw."""
+    model = tiny_model()
+    seen: list[torch.Tensor] = []
+
+    class Keys(Packed):
+        def attend(self, layer, q, k, v, rule: AttentionRule):  # type: ignore[no-untyped-def]
+            seen.append(k)
+            return super().attend(layer, q, k, v, rule)
+
+    tokens = torch.randint(257, (50,), generator=torch.Generator().manual_seed(0))
+    plain = Packed.of(Layout((50,)))
+    with torch.no_grad():
+        model(tokens, Keys(plain.positions, plain.length, plain.layout))
+    cache = Quantised(bits=4, group=4, keys=Smoothed(strength=0.7, tokens=50))
+    store = TorchRunner(model, pages=4, cache=cache).memory.store
+    k, v = torch.randn(2, 16, 2, 4) * torch.tensor([0.1, 1.0, 5.0, 30.0])
+    for layer in (0, 1):
+        size = seen[layer].double().square().mean(0).sqrt() ** 0.7
+        store.reserve(0)
+        store.write(layer, k, v, torch.arange(16))
+        keys, values = store.read(layer, torch.arange(16), torch.float32)
+        torch.testing.assert_close(keys, (rounded(k / size, 4, 4) * size).float())
+        torch.testing.assert_close(values, rounded(v, 4, 4).float())
+
+
+def test_a_large_channel_costs_the_others_less_when_keys_are_smoothed() -> None:
+    """The model's own keys, one of whose channels is made thirty times as large."""
+    model = tiny_model()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mixer.k.weight[1] *= 30
+    errors = {}
+    for keys in (Unscaled(), Smoothed()):
+        cache = Quantised(bits=4, group=4, keys=keys)
+        engine = Engine(model, byte_tokenizer(), EngineConfig(cache=cache))
+        plain = Engine(model, byte_tokenizer())
+        request = Request(TEXTS[0], Sampling(max_tokens=1), prompt_logprobs=0)
+        (a,), (b,) = engine.generate([request])[0], plain.generate([request])[0]
+        pairs = zip(a.prompt, b.prompt, strict=True)
+        errors[type(keys)] = sum(abs(x.logprob - y.logprob) for x, y in pairs)
+    assert errors[Smoothed] < 0.8 * errors[Unscaled]
+
+
 def texts_of(cache, requests, **limits) -> list[tuple[int, ...]]:  # type: ignore[no-untyped-def]
     engine = Engine(tiny_model(6, None), byte_tokenizer(), EngineConfig(cache=cache, **limits))
     return [c.tokens for answers in engine.generate(requests) for c in answers]
 
 
 def test_chunks_company_and_guesses_change_nothing() -> None:
-    cache = Quantised(bits=4, group=4)
+    cache = Quantised(bits=4, group=4, keys=Smoothed())
     requests = [Request(text, Sampling(max_tokens=20, seed=1), n=2) for text in TEXTS]
     alone = [tokens for request in requests for tokens in texts_of(cache, [request])]
     assert texts_of(cache, requests, prefill_tokens=9, cache_tokens=256) == alone

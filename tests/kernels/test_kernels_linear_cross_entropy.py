@@ -75,6 +75,25 @@ def test_frozen_head_gets_no_gradient() -> None:
     assert h.grad is not None
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_frozen_head_gives_the_same_gradient(rule: HeadRule) -> None:
+    """Taken in the forward pass; also twice, and none where only the head is trained."""
+    h, w, b, y, c = operands()
+    expected = token_logprobs_reference(h, w, y, bias=b, rule=rule)
+    wanted, wanted_head, wanted_bias = torch.autograd.grad((expected * c).sum(), (h, w, b))
+    found = token_logprobs(h, w.detach(), y, bias=b.detach(), rule=rule)
+    torch.testing.assert_close(found, expected)
+    for factor in (1, 3):
+        (grad,) = torch.autograd.grad((factor * found * c).sum(), h, retain_graph=True)
+        torch.testing.assert_close(grad, factor * wanted)
+    alone = token_logprobs(h.detach(), w, y, bias=b.detach(), rule=rule)
+    torch.testing.assert_close(torch.autograd.grad((alone * c).sum(), w)[0], wanted_head)
+    with_bias = token_logprobs(h, w.detach(), y, bias=b, rule=rule)
+    both = torch.autograd.grad((with_bias * c).sum(), (h, b))
+    torch.testing.assert_close(both[0], wanted)
+    torch.testing.assert_close(both[1], wanted_bias)
+
+
 def test_autocast_is_close_and_keeps_dtypes() -> None:
     h, w, b, y, c = operands()
     exact = linear_cross_entropy(h, w, y, c, bias=b).total

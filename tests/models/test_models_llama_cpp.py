@@ -78,7 +78,7 @@ def test_llama_cpp_computes_the_same(name: str, tmp_path: Path) -> None:
     model = load_model(tmp_path / "theirs").model
     file = tmp_path / "m.gguf"
     save_gguf(model, file, format="F32", metadata={"tokenizer.ggml.model": "no_vocab"})
-    # llama.cpp has no window in Mistral: the same within it, which is the context written.
+    # llama.cpp has no window in Mistral and Mixtral; the context that is written is as long as it.
     length = 5 if name in ("mistral-window", "mixtral-switch") else 30
     tokens = torch.randint(0, 61, (length,)).tolist()
     theirs = their_logits(file, tokens, swa_full=True, **FLOAT32_CACHE)

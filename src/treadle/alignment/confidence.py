@@ -36,8 +36,8 @@ CARD = Card(
     id="al.reward.confidence",
     paper="Northcutt et al. 2021, arXiv:1911.00068 (cross-fitting); Mitchell 2023 (soft labels)",
     summary="Pairs weighted by how likely their labels are right: stated, or cross-fitted.",
-    recipe="treadle run reward-model steps.0.source.pairs.path=pairs.jsonl "
-    "steps.1.pairs.path=pairs.jsonl steps.0.source.confidence='{kind: CrossFitted, flipped: 0.2}'",
+    recipe="treadle run reward-model steps.reward.source.pairs.path=pairs.jsonl "
+    "steps.reward.source.confidence='{kind: CrossFitted, flipped: 0.2}'",
     oracle="tests/alignment/test_alignment_confidence.py::test_planted_flips_are_found",
 )
 
@@ -68,9 +68,7 @@ class Stated(Confidence):
         tree: Callable[[int], Tree],
         tokens: int,
     ) -> Float[Tensor, " P"] | None:
-        if all(p.confidence is None for p in pairs):
-            return None
-        return torch.tensor([1.0 if p.confidence is None else p.confidence for p in pairs])
+        return confidences_of(pairs)
 
 
 class CrossFitted(Confidence):
@@ -97,6 +95,13 @@ class CrossFitted(Confidence):
         features = differences(env, [tree(i) for i in numbers], tokens)
         d = held_out_margins(features, self.folds, self.ridge)
         return posterior(calibrated(d, self.flipped), self.flipped).float()
+
+
+def confidences_of(pairs: Sequence[Preference]) -> Float[Tensor, " P"] | None:
+    """What the data say; None where they say nothing of any pair."""
+    if all(p.confidence is None for p in pairs):
+        return None
+    return torch.tensor([1.0 if p.confidence is None else p.confidence for p in pairs])
 
 
 @torch.no_grad()

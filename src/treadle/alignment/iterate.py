@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 from pydantic import Field
@@ -19,6 +21,7 @@ from pydantic import Field
 from treadle.alignment.feedback import ByMarks, Comparison, Labeller, Verdict
 from treadle.alignment.preferences import PairFiles, Pairs
 from treadle.core.cards import Card
+from treadle.core.config import Config
 from treadle.core.errors import TreadleError
 from treadle.core.files import write_json, write_text
 from treadle.core.pipeline import Reads, Step, Workspace
@@ -59,6 +62,28 @@ class PairsOf(Pairs, Reads):
         raise TreadleError(f"PairsOf(step={self.step}): not resolved")
 
 
+class Pairing(Config):
+    """A shape: which of several answers to a problem are compared."""
+
+    @abstractmethod
+    def __call__(self, texts: Sequence[str]) -> list[tuple[str, str]]:
+        """Pairs of them."""
+
+
+class Neighbours(Pairing):
+    """The first with the second, the third with the fourth: each answer once."""
+
+    def __call__(self, texts: Sequence[str]) -> list[tuple[str, str]]:
+        return list(zip(texts[::2], texts[1::2], strict=False))
+
+
+class EveryPair(Pairing):
+    """Each answer with all others."""
+
+    def __call__(self, texts: Sequence[str]) -> list[tuple[str, str]]:
+        return list(combinations(texts, 2))
+
+
 class Compare(Step):
     """Pairs of answers of one model, labelled; ties are left out."""
 
@@ -69,19 +94,20 @@ class Compare(Step):
     first: int = Field(0, ge=0)
     """Number of the first problem; rounds take different ones."""
     completions: int = Field(4, ge=2)
-    """Answers to each problem; neighbours are compared."""
+    """Answers to each problem."""
+    pairing: Pairing = Neighbours()
     sampling: Sampling = Sampling(max_tokens=112)
     labeller: Labeller = ByMarks()
 
     def execute(self, workspace: Workspace) -> Mapping[str, Any]:
         problems = [self.problems.problem(self.first + i) for i in range(self.count)]
         answers = sampled(self.model, problems, self.sampling, self.completions, workspace)
-        comparisons = [
+        pairs = [
             Comparison(problem, a, b)
             for problem, texts in zip(problems, answers.texts, strict=True)
-            for a, b in zip(texts[::2], texts[1::2], strict=False)
-            if a.strip() != b.strip() and a.strip() and b.strip()
+            for a, b in self.pairing(texts)
         ]
+        comparisons = [c for c in pairs if different(c.first, c.second)]
         verdicts = self.labeller(comparisons, self.problems, workspace)
         rows = [
             _row(c, v)
@@ -99,7 +125,7 @@ class Compare(Step):
             "kind": "comparisons",
             "compared": len(comparisons),
             "decided": len(rows),
-            "same_or_empty": self.count * (self.completions // 2) - len(comparisons),
+            "same_or_empty": len(pairs) - len(comparisons),
             "prompts_too_long": answers.too_long,
             **judged(verdicts),
         }
@@ -170,6 +196,11 @@ def opened_thinker(source: ModelSource, workspace: Workspace, slots: int = SLOTS
     opened = source.open(workspace)
     engine = Engine(opened.model.eval(), tokenizer_of(opened), EngineConfig(slots=slots))
     return Thinker(engine, extract=lambda text: text)
+
+
+def different(first: str, second: str) -> bool:
+    """Whether both say something, and not the same."""
+    return bool(first.strip() and second.strip()) and first.strip() != second.strip()
 
 
 def judged(verdicts: Sequence[Verdict]) -> dict[str, float]:

@@ -35,7 +35,7 @@ CARD = Card(
     id="al.rlaif",
     paper="Lee et al. 2023, RLAIF, arXiv:2309.00267; Zheng et al. 2023, arXiv:2306.05685",
     summary="A model judges two answers in both orders; the bias of place is measured and removed.",
-    recipe="treadle run iterate steps.label-1.labeller='{kind: ByJudge}'",
+    recipe="treadle run rlaif steps.agreement.pairs.path=pairs.jsonl",
     oracle="tests/alignment/test_alignment_judge.py::test_the_bias_of_place_cancels",
 )
 QUESTION = """\

@@ -49,6 +49,13 @@ class LikelihoodOf(Judge):
         return sequence_logprobs(model, batch) / batch.per_sequence(batch.weights)
 
 
+class SumOfLikelihoods(Judge):
+    """How likely it finds the whole answer: less that of the model before, DPO's own reward."""
+
+    def __call__(self, model: DecoderModel, batch: Batch) -> Float[Tensor, " S"]:
+        return sequence_logprobs(model, batch)
+
+
 class MeasurePreferences(Step):
     """The share of pairs whose chosen answer gets the higher number.
 
@@ -75,7 +82,8 @@ class MeasurePreferences(Step):
             scores = scores - self._scores(self.against, workspace)[0]
         margin = scores[:, 0] - scores[:, 1]
         wins = ((margin > 0).double() + (margin == 0).double() / 2).tolist()
-        results: dict[str, Figure] = {"agreement": accuracy(wins)}
+        name = "agreement" if self.against is None else "agreement of the change"
+        results: dict[str, Figure] = {name: accuracy(wins)}
         return {
             "kind": EVALUATION,
             "subject": self.subject,

@@ -137,7 +137,7 @@ def offer_of(said: str, counts: Share) -> Share | None:
     return share if all(s <= c for s, c in zip(share, counts, strict=True)) else None
 
 
-class Scripted(Conversations):
+class ScriptedDeals(Conversations):
     """Negotiations of players who take what they like best and accept half: a first schooling.
 
     Each play is two conversations, one from each seat.

@@ -8,8 +8,9 @@ Weighted(parts=(
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pydantic import Field, model_validator
 
@@ -74,10 +75,43 @@ class Part(Config):
     weight: float = Field(1.0, gt=0.0)
 
 
+class Combination(Config):
+    """A shape: several rewards in [0, 1] as one."""
+
+    @abstractmethod
+    def __call__(self, rewards: Sequence[float], weights: Sequence[float]) -> float:
+        """The reward of all together."""
+
+
+class ArithmeticMean(Combination):
+    """sum_k w_k r_k / sum_k w_k: what is won in one part makes up for another."""
+
+    def __call__(self, rewards: Sequence[float], weights: Sequence[float]) -> float:
+        return sum(w * r for w, r in zip(weights, rewards, strict=True)) / sum(weights)
+
+
+class GeometricMean(Combination):
+    """prod_k r_k^(w_k / sum w): nothing is won in one part where another gives nothing, so a part
+    that can be gamed does not carry the rest. Nash 1950, The bargaining problem."""
+
+    def __call__(self, rewards: Sequence[float], weights: Sequence[float]) -> float:
+        total = sum(weights)
+        parts = zip(rewards, weights, strict=True)
+        return math.prod(math.pow(max(r, 0.0), w / total) for r, w in parts)
+
+
+class WorstOf(Combination):
+    """min_k r_k, whatever the weights (Coste et al. 2023, arXiv:2310.02743)."""
+
+    def __call__(self, rewards: Sequence[float], weights: Sequence[float]) -> float:
+        return min(rewards)
+
+
 class Weighted(Reward):
-    """The weighted mean of named rewards: sum_k w_k r_k / sum_k w_k."""
+    """Named rewards together; as a rule their weighted mean."""
 
     parts: tuple[Part, ...] = Field(min_length=1)
+    together: Combination = ArithmeticMean()
 
     @model_validator(mode="after")
     def _names_differ(self) -> Weighted:
@@ -91,9 +125,9 @@ class Weighted(Reward):
         return self.combined(self.by_name(problem, completion))
 
     def combined(self, by_name: Mapping[str, float]) -> float:
-        """The weighted mean of the parts' rewards."""
-        total = sum(part.weight * by_name[part.name] for part in self.parts)
-        return total / sum(part.weight for part in self.parts)
+        """The reward of all parts together."""
+        rewards = [by_name[part.name] for part in self.parts]
+        return self.together(rewards, [part.weight for part in self.parts])
 
     def by_name(self, problem: Problem, completion: str) -> dict[str, float]:
         """Each part's own reward, for reports."""

@@ -23,6 +23,7 @@ from treadle.alignment.rewards import Reward
 from treadle.alignment.samplers import OwnWeights, Sampler
 from treadle.alignment.scoring import Scored, require_sound, reward_metrics, scorer
 from treadle.alignment.trees import assemble_trees, extended
+from treadle.alignment.watch import signs
 from treadle.core.errors import TreadleError
 from treadle.data.batch import Piece, within_budget
 from treadle.data.problems import Problems
@@ -209,10 +210,18 @@ class RolloutStream(Stream):
             "redraws": float(redraws),
             "prompts_too_long": float(self.too_long),
             "completion_tokens": sum(lengths) / len(lengths),
+            "repetition": sum(repetition(c.tokens) for c in completions) / len(completions),
             "empty": sum(not c.text.strip() for c in completions) / len(completions),
             "cut_off": sum(c.finish == "length" for c in completions) / len(completions),
+            **signs([g.completions for g in groups], [g.rewards for g in groups]),
             **reward_metrics([s for g in groups for s in g.scores]),
         }
+
+
+def repetition(tokens: Sequence[int], n: int = 4) -> float:
+    """Share of the runs of n tokens that stood there before: 0 where none does."""
+    runs = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def mismatch_limit(most: float) -> Limit:

@@ -50,7 +50,7 @@ OPERATIONS: Mapping[type, Callable[[Any, Any], Any]] = {
 }
 
 
-class Tool(Config):
+class CallableTool(Config):
     """A shape: something that a model may call by name with arguments."""
 
     @abstractmethod
@@ -66,7 +66,7 @@ class Tool(Config):
         """The result; any exception is told to the model and counted."""
 
 
-class Calculator(Tool):
+class Calculator(CallableTool):
     """The four operations, remainders and brackets, on numbers."""
 
     def name(self) -> str:
@@ -82,7 +82,7 @@ class Calculator(Tool):
         return str(value)
 
 
-class PythonTool(Tool):
+class PythonTool(CallableTool):
     """A program in the sandbox: no network, little time and memory."""
 
     seconds: float = Field(2.0, gt=0.0)
@@ -134,7 +134,7 @@ class WithTools(Environment):
     """Problems that a model may work on with tools."""
 
     problems: Problems
-    tools: tuple[Tool, ...] = Field(min_length=1)
+    tools: tuple[CallableTool, ...] = Field(min_length=1)
     calls: int = Field(4, ge=1)
     """Turns with calls that are answered; the next one is taken for the answer."""
     told: bool = True
@@ -162,7 +162,7 @@ class WithTools(Environment):
         return replace(problem, prompt=(*problem.prompt[:-1], replace(last, content=text)))
 
 
-def manual(tools: Sequence[Tool]) -> str:
+def manual(tools: Sequence[CallableTool]) -> str:
     """What a prompt says of tools."""
     lines = [f"- {tool.describe()}" for tool in tools]
     form = '<tool_call>{"name": ..., "arguments": {...}}</tool_call>'

@@ -9,10 +9,13 @@ import typer
 
 from treadle.cli.chat import Device
 from treadle.cli.command import Command
+from treadle.cli.kinds import CacheKind, DecodeKind, limits_of
+from treadle.cli.numbers import Dtype, Numbers, Quantize
 
 if TYPE_CHECKING:
     from treadle.core.meter import Source
     from treadle.evals.speed import Workload
+    from treadle.inference.engine import EngineConfig
 
 
 def bench(
@@ -37,6 +40,10 @@ def bench(
         float, typer.Option(min=0.0, help="Grams of CO2 for a kWh; 475 is the world's mean.")
     ] = 475.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    cache: CacheKind = None,
+    decode: DecodeKind = None,
+    dtype: Dtype = None,
+    quantize: Quantize = None,
     device: Device = "auto",
 ) -> None:
     """Measure how fast a model or a server answers, and what energy that takes."""
@@ -44,22 +51,29 @@ def bench(
 
     load = Workload(batch=batch, prompt=prompt, output=output, rounds=rounds)
     if url is None:
-        found = _of_model(model, load, device, grid)
+        limits = limits_of(cache, None, decode, slots=batch)
+        found = _of_model(model, load, device, grid, limits, Numbers(dtype, quantize))
     else:
         found = _of_server(url, model, load, key, grid, exact=not until_stop)
     typer.echo(json.dumps(found) if as_json else "\n".join(lines(found)))
 
 
-def _of_model(model: str, load: Workload, device: str, grid: float) -> dict[str, Any]:
+def _of_model(
+    model: str,
+    load: Workload,
+    device: str,
+    grid: float,
+    limits: EngineConfig,
+    numbers: Numbers,
+) -> dict[str, Any]:
     import time
 
     from treadle.cli.voice import decoder_of, engine_of, place_of
     from treadle.core.meter import Meter
     from treadle.evals.energy import energy, operations
     from treadle.evals.speed import measure, speed
-    from treadle.inference.engine import EngineConfig
 
-    engine = engine_of(model, device, EngineConfig(slots=load.batch))
+    engine = engine_of(model, device, limits, numbers)
     flops = operations(decoder_of(engine), load.prompt, load.output)
     warm = load.model_copy(update={"rounds": 1})
     measure(engine, warm, time.perf_counter)  # what is compiled or packed is no part of the energy

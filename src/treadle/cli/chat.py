@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from treadle.cli.command import Command
-from treadle.cli.kinds import CacheKind, DraftKind, limits_of
+from treadle.cli.kinds import CacheKind, DecodeKind, DraftKind, limits_of
+from treadle.cli.numbers import Dtype, Numbers, Quantize
 
 Model = Annotated[
     str, typer.Argument(metavar="RUN|MODEL", help="A run's folder, a model, a hub id or a file.")
@@ -35,6 +36,9 @@ def chat(
     seed: Seed = 0,
     cache: CacheKind = None,
     draft: DraftKind = None,
+    decode: DecodeKind = None,
+    dtype: Dtype = None,
+    quantize: Quantize = None,
     device: Device = "auto",
 ) -> None:
     """Talk with a model in the terminal. /help lists what can be typed besides text."""
@@ -43,7 +47,8 @@ def chat(
     from treadle.inference.sampling import Sampling
 
     sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
-    engine = engine_of(model, device, limits_of(cache, draft))
+    limits = limits_of(cache, draft, decode)
+    engine = engine_of(model, device, limits, Numbers(dtype, quantize))
     _ = engine.tokenizer.chat  # a model without a chat template is refused before the first word
     at_terminal(EngineVoice(engine, sampling), system).run()
 

@@ -12,8 +12,15 @@ import typer
 
 from treadle.cli.chat import Device, MaxTokens, Model, Seed, Temperature, TopP
 from treadle.cli.command import Command
-from treadle.cli.kinds import CacheKind, DraftKind, limits_of
-from treadle.cli.parallel import Experts, TensorParallel, engine_over, told_of_experts
+from treadle.cli.kinds import CacheKind, DecodeKind, DraftKind, limits_of
+from treadle.cli.numbers import Dtype, Numbers, Quantize
+from treadle.cli.parallel import (
+    Experts,
+    TensorParallel,
+    engine_over,
+    told_of_experts,
+    told_of_guesses,
+)
 from treadle.cli.voice import on_torch
 
 
@@ -67,6 +74,9 @@ def generate(
     ] = None,
     cache: CacheKind = None,
     draft: DraftKind = None,
+    decode: DecodeKind = None,
+    dtype: Dtype = None,
+    quantize: Quantize = None,
     experts: Experts = None,
     tensor_parallel: TensorParallel = 1,
     device: Device = "auto",
@@ -96,10 +106,13 @@ def generate(
         stop=tuple(stop or ()),
         seed=seed,
     )
-    limits = limits_of(cache, draft)
+    limits = limits_of(cache, draft, decode)
     if adapter or experts or tensor_parallel > 1:
         device = on_torch(device)
-    with engine_over(model, device, limits, processes=tensor_parallel, experts=experts) as engine:
+    numbers = Numbers(dtype, quantize)
+    with engine_over(
+        model, device, limits, processes=tensor_parallel, experts=experts, numbers=numbers
+    ) as engine:
         if compress is not None:
             text = compress_text(engine, text, CompressPrompt(rate=compress))
         if chat:
@@ -126,6 +139,8 @@ def generate(
             ]
         if experts is not None:
             told_of_experts(engine)
+        if engine.verified:
+            told_of_guesses(engine)
     names: list[str | None] = [*folders] or [None]
     told = [(name, c) for name, answer in zip(names, answers, strict=True) for c in answer]
     for name, completion in told:

@@ -17,8 +17,16 @@ CacheKind = Annotated[
     typer.Option(
         "--cache",
         metavar="KIND|YAML",
-        help="Paged, Contiguous, Quantised, Rolling, HeavyHitters or SnapKV, "
+        help="Paged, PagesOnly, Contiguous, Quantised, Rolling, HeavyHitters or SnapKV, "
         "or such as '{kind: Quantised, bits: 4}'.",
+    ),
+]
+DecodeKind = Annotated[
+    str | None,
+    typer.Option(
+        "--decode",
+        metavar="KIND|YAML",
+        help="How a torch device writes token after token: Eager, Compiled, or Graphs (CUDA).",
     ),
 ]
 DraftKind = Annotated[
@@ -26,8 +34,8 @@ DraftKind = Annotated[
     typer.Option(
         "--draft",
         metavar="KIND|YAML",
-        help="Guess tokens ahead, the text stays the same: NGram, "
-        "or such as '{kind: NGram, tokens: 8}'.",
+        help="Guess tokens ahead, the text stays the same: NGram, MTPHeads, "
+        "or such as '{kind: NGram, tokens: 8, branches: 3}'.",
     ),
 ]
 
@@ -45,10 +53,16 @@ def named(text: str, shape: type[C], option: str) -> C:
 
 
 def limits_of(
-    cache: str | None, draft: str | None, *, slots: int = 64, adapters: int = 8
+    cache: str | None,
+    draft: str | None,
+    decode: str | None = None,
+    *,
+    slots: int = 64,
+    adapters: int = 8,
 ) -> EngineConfig:
     """An engine's limits, as options say."""
     from treadle.inference.cache import Cache
+    from treadle.inference.decode import Decode, Eager
     from treadle.inference.engine import EngineConfig
     from treadle.inference.speculative import Draft
 
@@ -56,5 +70,6 @@ def limits_of(
         slots=slots,
         adapters=adapters,
         cache=named(cache, Cache, "--cache") if cache else None,  # type: ignore[type-abstract]
+        decode=named(decode, Decode, "--decode") if decode else Eager(),  # type: ignore[type-abstract]
         draft=named(draft, Draft, "--draft") if draft else None,  # type: ignore[type-abstract]
     )

@@ -9,10 +9,13 @@ import typer
 
 from treadle.cli.chat import Device
 from treadle.cli.command import Command
-from treadle.cli.kinds import CacheKind, DraftKind, limits_of
+from treadle.cli.kinds import CacheKind, DecodeKind, DraftKind, limits_of
+from treadle.cli.numbers import Dtype, Numbers, Quantize
+from treadle.cli.parallel import TensorParallel, check_whole, crew_over
 
 if TYPE_CHECKING:
     from treadle.inference.engine import EngineConfig
+    from treadle.serving.app import App
     from treadle.serving.config import Serve
     from treadle.serving.pool import Offer
 
@@ -76,18 +79,19 @@ def serve(
     ] = 1,
     cache: CacheKind = None,
     draft: DraftKind = None,
+    decode: DecodeKind = None,
+    dtype: Dtype = None,
+    quantize: Quantize = None,
+    tensor_parallel: TensorParallel = 1,
     device: Device = "auto",
 ) -> None:
     """Answer the OpenAI protocol, and show a chat page."""
     _need_extra()
-    import asyncio
-
     from treadle.core.errors import TreadleError
     from treadle.serving.app import build
     from treadle.serving.config import Limits, Serve
+    from treadle.serving.pool import Base
     from treadle.serving.route import parse_route
-    from treadle.serving.run import listen
-    from treadle.serving.run import serve as serve_app
     from treadle.serving.trial import parse_trial
 
     config = Serve(
@@ -99,10 +103,20 @@ def serve(
         memory_bytes=None if memory is None else int(memory * 1e9),
         drain_seconds=drain,
     )
-    limits = limits_of(cache, draft, slots=slots, adapters=adapter_slots)
+    limits = limits_of(cache, draft, decode, slots=slots, adapters=adapter_slots)
     limits = limits.model_copy(update={"prefix_folder": str(prefixes) if prefixes else None})
-    offers = offers_of(models, adapter or [], device, limits)
+    numbers = Numbers(dtype, quantize)
     shown = host if ":" not in host else f"[{host}]"
+    if tensor_parallel > 1:
+        _only(models, replicas=replicas > 1, adapter=adapter, trial=trial, route=route)
+        check_whole(limits, numbers, whole=False)
+        if prefixes is not None:
+            raise TreadleError("--tensor-parallel keeps no prefixes on disk: leave out --prefixes")
+        name, target = _named(models[0])
+        with crew_over(target, device, limits, tensor_parallel) as crew:
+            _serve(build([Base(name, crew.open)], config), name, config, shown)
+        return
+    offers = offers_of(models, adapter or [], device, limits, numbers)
     if replicas > 1:
         if route:
             raise TreadleError("replicas know no routes: leave out --replicas or --route")
@@ -111,13 +125,40 @@ def serve(
     trials = [parse_trial(text) for text in trial or ()]
     routes = [parse_route(text) for text in route or ()]
     app = build(offers, config, trials=trials, trial_log=trial_log, routes=routes)
+    _serve(app, offers[0].name, config, shown)
+
+
+def _only(models: list[str], **others: bool | list[str] | None) -> None:
+    """
+    Raises:
+        TreadleError: besides one model there are things that a model in parts does not serve.
+    """
+    from treadle.core.errors import TreadleError
+
+    given = [f"--{name}" for name, value in others.items() if value]
+    given += ["all but one model"] if len(models) > 1 else []
+    if given:
+        raise TreadleError(f"--tensor-parallel serves one model by itself: leave out {given[0]}")
+
+
+def _serve(app: App, first: str, config: Serve, shown: str) -> None:
+    """Load the model `first`, so that a mistake in its name is told here and now; then answer."""
+    import asyncio
+
+    from treadle.core.errors import TreadleError
+    from treadle.serving.errors import ApiError
+    from treadle.serving.run import listen, serve
+
     listener = listen(config)
     url = f"http://{shown}:{listener.getsockname()[1]}"
 
     async def run() -> None:
-        async with app.service.pool.use(offers[0].name):
-            pass  # a mistake in its name is told here and now
-        await serve_app(app, listener, lambda: _say(url, app.service.names))
+        try:
+            async with app.service.pool.use(first):
+                pass
+        except ApiError as error:
+            raise TreadleError(error.message) from None
+        await serve(app, listener, lambda: _say(url, app.service.names))
 
     asyncio.run(run())
 
@@ -135,7 +176,11 @@ def _replicated(
 
 
 def offers_of(
-    models: list[str], adapters: list[str], device: str, limits: EngineConfig
+    models: list[str],
+    adapters: list[str],
+    device: str,
+    limits: EngineConfig,
+    numbers: Numbers = Numbers(),
 ) -> list[Offer]:
     """What the arguments name.
 
@@ -150,18 +195,24 @@ def offers_of(
 
     offers: list[Offer] = []
     for text in models:
-        name, equals, target = text.partition("=")
-        if not equals:
-            name, target = (Path(text).name if Path(text).exists() else text), text
+        name, target = _named(text)
         adapted = adapters and not offers
         chosen = on_torch(device) if adapted else device  # native kernels run no adapters
-        offers.append(Base(name, partial(engine_of, target, chosen, limits)))
+        offers.append(Base(name, partial(engine_of, target, chosen, limits, numbers)))
     for text in adapters:
-        name, equals, folder = text.partition("=")
+        name, _, folder = text.partition("=")
         if not (name and folder):
             raise TreadleError(f"--adapter {text}: write it NAME=FOLDER")
         offers.append(Adapted(name, offers[0].name, folder))
     return offers
+
+
+def _named(text: str) -> tuple[str, str]:
+    """What [NAME=]MODEL says: by which name clients ask, and what it is."""
+    name, equals, target = text.partition("=")
+    if equals:
+        return name, target
+    return (Path(text).name if Path(text).exists() else text), text
 
 
 def _say(url: str, names: list[str]) -> None:
@@ -190,6 +241,7 @@ COMMAND = Command(
         "treadle serve smollm2-135m-instruct --adapter a=adapters/a --adapter b=adapters/b "
         "--route auto=examples.jsonl",
         "treadle serve smollm2-135m-instruct --replicas 2",
+        "treadle serve smollm2-135m-instruct --tensor-parallel 2",
         "treadle serve new=runs/a old=runs/b --trial duel=new:old --trial-log votes.jsonl",
     ),
 )

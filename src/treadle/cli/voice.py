@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from treadle.cli.models import file_of, open_model
+from treadle.cli.numbers import Numbers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,19 +23,36 @@ if TYPE_CHECKING:
 AUTO, NATIVE = "auto", "native"
 
 
-def engine_of(target: str, device: str, config: EngineConfig | None = None) -> Engine:
+def engine_of(
+    target: str,
+    device: str,
+    config: EngineConfig | None = None,
+    numbers: Numbers = Numbers(),
+) -> Engine:
     """An engine with the model that `target` names.
 
     Args:
         device: a torch device; `native` for the native kernels, which round what is not stored in
             few bits to 8; `auto` for them where they run a file as it is stored, else `on_torch`.
+        numbers: of the weights on a torch device.
 
     Raises:
-        TreadleError: there is no such model or device, or the native kernels cannot run it.
+        TreadleError: there is no such model or device, or the native kernels cannot run it, or not
+            in these numbers.
     """
+    from treadle.core.errors import TreadleError
+
+    if numbers.given and device == AUTO:
+        _say("no native kernels: they keep weights as they are stored")
+        device = on_torch(device)
+    if numbers.given and device == NATIVE:
+        raise TreadleError(
+            "the native kernels keep weights as they are stored, or in 8 bits: leave --dtype and "
+            "--quantize out, or take another --device"
+        )
     file = file_of(target) if device in (AUTO, NATIVE) else None
     engine = _as_stored(file, device, config) if file else None
-    return engine or engine_with(open_model(target), on_torch(device), config)
+    return engine or engine_with(open_model(target), on_torch(device), config, numbers)
 
 
 def on_torch(device: str) -> str:
@@ -48,6 +66,7 @@ def on_torch(device: str) -> str:
 
 def _as_stored(file: Path, device: str, config: EngineConfig | None) -> Engine | None:
     """The engine of a file whose bytes the native kernels take; the model is never unpacked."""
+    from treadle.inference.decode import Eager
     from treadle.inference.limits import EngineConfig
     from treadle.inference.native_choice import native_engine, native_support
     from treadle.tokenizers.tokenizer import Tokenizer
@@ -55,6 +74,9 @@ def _as_stored(file: Path, device: str, config: EngineConfig | None) -> Engine |
     config = config or EngineConfig()
     if device == AUTO and config.cache is not None:
         _say("no native kernels: they keep keys and values in pages of their own")
+        return None
+    if device == AUTO and not isinstance(config.decode, Eager):
+        _say("no native kernels: they run a pass in one call already")
         return None
     found = native_support(file)
     if found.weights is None:
@@ -66,15 +88,17 @@ def _as_stored(file: Path, device: str, config: EngineConfig | None) -> Engine |
     return native_engine(found.weights, tokenizer, config)
 
 
-def engine_with(opened: Opened, device: str, config: EngineConfig | None = None) -> Engine:
+def engine_with(
+    opened: Opened,
+    device: str,
+    config: EngineConfig | None = None,
+    numbers: Numbers = Numbers(),
+) -> Engine:
     """An engine with a model that is open already, on a torch device or in native kernels.
 
     Raises:
         TreadleError: there is no such device, or the native kernels cannot run the model.
     """
-    import torch
-
-    from treadle.core.errors import TreadleError
     from treadle.inference.engine import Engine, EngineConfig
     from treadle.models.decoder import is_causal
     from treadle.models.heads import TaskHead
@@ -91,11 +115,7 @@ def engine_with(opened: Opened, device: str, config: EngineConfig | None = None)
 
         _say("native kernels: weights rounded to Q8_0")
         return native_engine(RoundedModel(merge(opened.model), "Q8_0"), tokenizer, config)
-    try:
-        model = opened.model.requires_grad_(False).eval().to(torch.device(device))
-    except (RuntimeError, AssertionError) as error:
-        raise TreadleError(f"device `{device}` cannot be used: {error}") from None
-    return Engine(model, tokenizer, config)
+    return Engine(numbers.put(opened.model, device), tokenizer, config)
 
 
 def decoder_of(engine: Engine) -> Decoder:

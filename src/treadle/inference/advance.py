@@ -59,7 +59,7 @@ class Steady(Context):
         v: Float[Tensor, "B G E"],
         rule: AttentionRule,
     ) -> Float[Tensor, "B H E"]:
-        rows = self.store.encode(k[self.owners], v[self.owners])
+        rows = self.store.encode(layer, k[self.owners], v[self.owners])
         for plane, row in zip(self.store.planes[layer], rows, strict=True):
             plane.index_copy_(0, self.places, row)
         where = Where(self.store.page, self.tables, self.positions)
@@ -99,6 +99,8 @@ class Frame:
 class Advance:
     """Runs batches in which every sequence has one new token behind others.
 
+    Takes all pages at once: what is compiled knows their number, what is recorded their addresses.
+
     Raises:
         ConfigError: the model's rotation depends on the longest text of the batch.
     """
@@ -114,6 +116,7 @@ class Advance:
         self.model, self.memory, self.autocast, self.prepare = model, memory, autocast, prepare
         self.attention = memory.attention or TorchPages()
         self.attention.check(memory.store)
+        memory.store.reserve(memory.store.pages - 1)
         self.frames: dict[tuple[int, int], Frame] = {}
         self.addresses: tuple[int, ...] = ()
         self.doubt = True
@@ -127,7 +130,6 @@ class Advance:
     def __call__(self, batch: Batch) -> Float[Tensor, "N V"]:
         memory, count = self.memory, len(batch.starts)
         memory.announce(batch, [], list(range(count)))
-        memory.store.settle()
         if self.doubt:
             self._look_again()
         pages = max(start // memory.page + 1 for start in batch.starts)

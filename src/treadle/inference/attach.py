@@ -20,8 +20,8 @@ def attach(engine: Engine, name: str, folder: StrPath) -> None:
     """Offer the adapter of a PEFT folder; a request takes it by `Request.adapter`.
 
     Raises:
-        CannotShareError: the engine runs in native kernels, or the adapter is of a kind that
-            cannot share a batch.
+        CannotShareError: the engine runs in native kernels, compiled or recorded, or the adapter is
+            of a kind that cannot share a batch.
         TreadleError: the name is taken, or weights are not finite.
         FileFormatError: a broken folder, or one for another base.
         ConfigError: a kind of adapter, or a setting of it, that treadle does not have.
@@ -31,6 +31,11 @@ def attach(engine: Engine, name: str, folder: StrPath) -> None:
         raise CannotShareError(
             f"{folder}: a learned prefix cannot share a batch with what begins otherwise; it needs "
             "an engine of its own"
+        )
+    if runner.advance is not None:
+        raise CannotShareError(
+            f"adapter `{name}`: decoding that is compiled or recorded runs the model alone; take "
+            "--decode Eager, or merge it (`treadle merge`)"
         )
     if runner.adapters is None:
         runner.adapters = Adapters(runner.model, engine.config.adapters)

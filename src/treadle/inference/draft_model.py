@@ -20,11 +20,10 @@ from treadle.core.cards import Card
 from treadle.core.errors import ConfigError, TreadleError
 from treadle.inference.blocks import Blocks
 from treadle.inference.paged_memory import Gathered
-from treadle.inference.penalties import adjust
+from treadle.inference.propose import Width, propose
 from treadle.inference.runner import Batch, Name, Runner
-from treadle.inference.sampling import sample
 from treadle.inference.sequence import Active
-from treadle.inference.speculative import Draft, Guesser, Width, alternatives
+from treadle.inference.speculative import Draft, Guesser
 from treadle.inference.torch_runner import TorchRunner
 from treadle.models.decoder import DecoderModel
 from treadle.tokenizers.tokenizer import Tokenizer
@@ -170,20 +169,10 @@ class ModelGuesser(Guesser):
 
     def _grow(self, sequences: Sequence[Active], going: Sequence[_Path], wide: int) -> list[_Path]:
         """A token more for each path; paths that part from them with other tokens."""
-        logits = self._read(going)
-        requests = [sequences[path.of].request for path in going]
-        for row, path, request in zip(logits, going, requests, strict=True):
-            said = [*sequences[path.of].tokens, *path.guesses]
-            adjust(row, request.sampling, request.prompt, said, self.stops)
-        drawn = sample(
-            logits,
-            [request.sampling for request in requests],
-            streams=[sequences[path.of].index for path in going],
-            steps=[len(sequences[path.of].tokens) + len(path.guesses) for path in going],
-        )
+        behind = [(sequences[path.of], path.guesses) for path in going]
+        tokens = propose(self._read(going), behind, self.stops, wide)
         forks: list[_Path] = []
-        for row, path, token in zip(logits, going, drawn.tokens.tolist(), strict=True):
-            _, *others = alternatives(row, token, wide)
+        for path, (token, *others) in zip(going, tokens, strict=True):
             for other in others:
                 known = self._fork(path)
                 if known is not None:

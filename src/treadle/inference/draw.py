@@ -20,9 +20,12 @@ def draw(
     stops: Collection[int],
     context: int,
     peaks: Peaks,
-) -> None:
-    """Tokens for sequences whose logits begin at `rows`; more where a guess was right."""
-    drawn = list(zip(sequences, rows, strict=True))
+) -> list[int]:
+    """Tokens for sequences whose logits begin at `rows`; more where a guess was right.
+
+    Returns the rows that their last tokens are from.
+    """
+    drawn, last = list(zip(sequences, rows, strict=True)), dict(zip(sequences, rows, strict=True))
     while drawn:
         rows = [row for _, row in drawn]
         every = rows == list(range(len(logits)))
@@ -36,6 +39,8 @@ def draw(
                 sequence.computed += 1
                 right.append((sequence, behind))
         drawn = right
+        last |= right
+    return list(last.values())
 
 
 def _sample(

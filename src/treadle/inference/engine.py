@@ -237,15 +237,10 @@ class Engine:
                 members = [sequence, *self.scheduler.part(sequence)]
                 drawing += members
                 rows += [end - 1 - len(sequence.guesses.trunk)] * len(members)
-        if drawing:
-            draw(
-                drawing,
-                rows,
-                logits,
-                self.tokenizer.stop_ids,
-                self.runner.context,
-                self.runner.peaks,
-            )
+        stops, peaks = self.tokenizer.stop_ids, self.runner.peaks
+        rows = draw(drawing, rows, logits, stops, self.runner.context, peaks)
+        if self.guesser is not None:
+            self.guesser.saw(drawing, rows)
         for guesses in (sequence.guesses for sequence, _ in plan if sequence.guesses.paths):
             self.guessed += guesses.checked
             self.accepted += guesses.right
@@ -299,8 +294,6 @@ class Engine:
             self.scheduler.reap()
 
     def _guess(self, guesser: Guesser) -> None:
-        for sequence in self.running:
-            sequence.guesses = Guesses([])
         ready = [s for s in self.running if s.tokens and s.pending == 1]
         rooms = [s.request.limit(self.runner.context) - len(s.tokens) - 1 for s in ready]
         for sequence, paths in zip(ready, guesser.guess(ready, rooms), strict=True):

@@ -56,8 +56,7 @@ class Guesses:
     """Tokens drawn in this pass that were guessed."""
 
     def __post_init__(self) -> None:
-        self.live = list(self.paths)
-        """Those that agree with all that was drawn; at first all of them."""
+        self.keep(self.paths)
 
     @staticmethod
     def of(continuations: Sequence[Sequence[int]]) -> Guesses:
@@ -80,7 +79,9 @@ class Guesses:
 
     def keep(self, paths: list[Path]) -> None:
         """Only these run."""
-        self.paths, self.live = paths, list(paths)
+        self.paths = paths
+        self.live = list(paths)
+        """Those that agree with all that was drawn; at first all of them."""
         for i, path in enumerate(paths):
             path.shared = max((_common(path.tokens, p.tokens) for p in paths[:i]), default=0)
 

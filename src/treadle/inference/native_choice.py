@@ -14,6 +14,7 @@ import torch
 
 from treadle.core.errors import TreadleError
 from treadle.core.files import StrPath
+from treadle.inference.decode import Eager
 from treadle.inference.engine import Engine
 from treadle.inference.limits import EngineConfig
 from treadle.inference.native_runner import NativeRunner
@@ -65,12 +66,14 @@ def native_engine(
 
     Raises:
         TreadleError: the native path does not run the model, or there is no compiler, or `config`
-            asks for another cache.
+            asks for another cache or for compiled decoding.
     """
     if config.cache is not None:
         raise TreadleError(
             "the native kernels keep keys and values in pages of their own: leave --cache out"
         )
+    if not isinstance(config.decode, Eager):
+        raise TreadleError("the native kernels run a pass in one call already: leave --decode out")
     pages = native_pages(weights, config)
     torch.set_num_threads(1)
     mark = weights.mark(PAGE) if config.prefix_folder is not None else ""

@@ -168,6 +168,9 @@ class NativeRunner(Runner):
         """Of the matrices."""
         return sum(packed_bytes(m.rows, m.columns, m.format.name) for m in self.matrices)
 
+    def weights(self) -> dict[int, int]:
+        return {id(self): self.nbytes}
+
     @property
     def formats(self) -> tuple[str, ...]:
         """Of the matrices, each once."""

@@ -76,7 +76,9 @@ class TritonPages(PageAttention):
                 "TritonPages needs `triton`, which is not installed: pip install 'treadle[gpu]', "
                 "or take TorchPages"
             )
-        if store.device.type != "cuda" and not _interpreted():
+        from treadle.kernels.gpu.device import interpreted
+
+        if store.device.type != "cuda" and not interpreted():
             raise ConfigError(
                 f"TritonPages runs on a GPU, and the model is on {store.device}: take TorchPages"
             )
@@ -94,13 +96,6 @@ class TritonPages(PageAttention):
 
         keys, values = store.planes[layer]
         return paged_attention(q, keys, values, where, rule)
-
-
-def _interpreted() -> bool:
-    """Whether Triton's interpreter runs kernels on the processor, slowly and readably."""
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
 
 
 @dataclass(eq=False)

@@ -22,12 +22,14 @@ class Pages(ABC):
         self.planes: dict[int, list[Tensor]] = {}
 
     @abstractmethod
-    def encode(self, k: Float[Tensor, "N G D"], v: Float[Tensor, "N G E"]) -> list[Tensor]:
+    def encode(
+        self, layer: int, k: Float[Tensor, "N G D"], v: Float[Tensor, "N G E"]
+    ) -> list[Tensor]:
         """The planes' rows of these tokens."""
 
     @abstractmethod
     def decode(
-        self, planes: list[Tensor], dtype: torch.dtype
+        self, layer: int, planes: list[Tensor], dtype: torch.dtype
     ) -> tuple[Float[Tensor, "N G D"], Float[Tensor, "N G E"]]:
         """Keys and values of such rows."""
 
@@ -40,11 +42,6 @@ class Pages(ABC):
         if page >= self.used:
             self.used = min(self.pages, max(page + 1, 2 * self.used))
 
-    def settle(self) -> None:
-        """Take the memory for all that is reserved, now."""
-        for layer, planes in list(self.planes.items()):
-            self._fit(layer, planes)
-
     def write(
         self,
         layer: int,
@@ -53,7 +50,7 @@ class Pages(ABC):
         places: Int[Tensor, " N"],
     ) -> None:
         """Store keys and values of tokens."""
-        rows = self.encode(k, v)
+        rows = self.encode(layer, k, v)
         for plane, row in zip(self._fit(layer, rows), rows, strict=True):
             plane.index_copy_(0, places, row)
 
@@ -61,7 +58,8 @@ class Pages(ABC):
         self, layer: int, places: Int[Tensor, " N"], dtype: torch.dtype
     ) -> tuple[Float[Tensor, "N G D"], Float[Tensor, "N G E"]]:
         """Keys and values of the tokens at these places."""
-        return self.decode([p.index_select(0, places) for p in self.planes[layer]], dtype)
+        planes = [p.index_select(0, places) for p in self.planes[layer]]
+        return self.decode(layer, planes, dtype)
 
     def _fit(self, layer: int, like: list[Tensor]) -> list[Tensor]:
         """The layer's planes with room for the reserved pages, in the dtypes that are written."""
@@ -109,11 +107,13 @@ class Pages(ABC):
 class PlainPages(Pages):
     """Keys and values as they are."""
 
-    def encode(self, k: Float[Tensor, "N G D"], v: Float[Tensor, "N G E"]) -> list[Tensor]:
+    def encode(
+        self, layer: int, k: Float[Tensor, "N G D"], v: Float[Tensor, "N G E"]
+    ) -> list[Tensor]:
         return [k, v]
 
     def decode(
-        self, planes: list[Tensor], dtype: torch.dtype
+        self, layer: int, planes: list[Tensor], dtype: torch.dtype
     ) -> tuple[Float[Tensor, "N G D"], Float[Tensor, "N G E"]]:
         keys, values = planes
         return keys.to(dtype), values.to(dtype)

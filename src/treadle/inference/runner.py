@@ -82,6 +82,14 @@ class Runner(ABC):
         """The weights have changed; what pages hold is not asked for again."""
         return
 
+    def close(self) -> None:
+        """It will not run again; who works for it may go."""
+        return
+
+    def weights(self) -> dict[int, int]:
+        """Bytes of the weights in this process, by where they lie: runners may share them."""
+        return {}
+
     @abstractmethod
     def copy(self, source: int, target: int) -> None:
         """Copy a page, for a sequence that goes its own way from here."""

@@ -16,12 +16,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Annotated
 
-import torch
-from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
 
 from treadle.core.cards import Card
 from treadle.core.config import Config
@@ -38,16 +34,16 @@ CARD = Card(
 )
 
 
-Width = Annotated[int, Field(ge=1)]
-"""How many tokens a path tries in one place."""
-
-
 class Guesser(ABC):
     """Guesses for the sequences of one engine."""
 
     @abstractmethod
     def guess(self, sequences: Sequence[Active], most: Sequence[int]) -> list[list[list[int]]]:
         """For each some continuations, the likeliest first, of at most so many tokens."""
+
+    def saw(self, sequences: Sequence[Active], rows: Sequence[int]) -> None:
+        """These got their last tokens from the logits of these rows of the pass."""
+        return
 
     def forget(self) -> None:
         """Weights have changed."""
@@ -107,9 +103,3 @@ class LookUp(Guesser):
             [path[:count] for path in self.draft.after(s.slice(0, s.length))]
             for s, count in zip(sequences, most, strict=True)
         ]
-
-
-def alternatives(logits: Float[Tensor, " V"], drawn: int, count: int) -> list[int]:
-    """The drawn token and the likeliest others: what the target may draw instead."""
-    likely = torch.topk(logits, min(count, len(logits))).indices.tolist()
-    return [drawn, *(token for token in likely if token != drawn)][:count]

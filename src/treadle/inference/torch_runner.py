@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 from jaxtyping import Float
@@ -37,6 +37,8 @@ class TorchRunner(Runner):
         self.lasting = self.memory.lasting
         self.refusal = cannot_write(model)
         self.device = model.embedding.weight.device
+        self.hidden = torch.empty(0, model.config.dim)
+        """Of the last pass: final hidden states of the tokens whose logits it gave."""
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Float[Tensor, "N V"]:
@@ -51,6 +53,7 @@ class TorchRunner(Runner):
             wanted = self._wanted(batch, order)
             if wanted != list(range(len(tokens))):
                 hidden = hidden[wanted]
+            self.hidden = hidden
             with self._routed(batch, list(range(len(order))), batch.outputs):
                 return self.model.logits(hidden).float()
 
@@ -66,6 +69,11 @@ class TorchRunner(Runner):
         """Flat indices of the tokens whose logits are asked for, in the batch's own order."""
         end = dict(zip(order, accumulate(batch.counts[i] for i in order), strict=True))
         return [t for i, count in enumerate(batch.outputs) for t in range(end[i] - count, end[i])]
+
+    def weights(self) -> dict[int, int]:
+        tensors = chain(self.model.parameters(), self.model.buffers())
+        storages = (tensor.untyped_storage() for tensor in tensors)
+        return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
     def fork(self, name: Name, other: Name) -> None:
         self.memory.fork(name, other)

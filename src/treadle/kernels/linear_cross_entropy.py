@@ -5,7 +5,8 @@
 The logits of all tokens would be M x V floats (2 GB for 10,000 tokens of a 50,000-word
 vocabulary); here they live a chunk of rows at a time.
 
-`token_logprobs` serves any loss of log-probabilities: its backward computes each chunk again.
+`token_logprobs` serves any loss of log-probabilities: its backward computes each chunk again, or,
+where the head is frozen, scales rows d logp_i / d h_i that the forward pass left.
 `linear_cross_entropy` knows that the loss is -sum_i w_i logp_i, so it takes the gradient in the
 forward pass, while the chunk's logits are there: no second product with W (as in Liger kernels,
 Hsu et al. 2024, arXiv:2410.10989).
@@ -191,15 +192,29 @@ class _TokenLogprobs(torch.autograd.Function):
         rule: HeadRule,
     ) -> Tensor:
         logp = torch.empty(len(targets), device=hidden.device)
+        # Of a frozen head only d logp_i / d h_i is asked for, which the loss scales row by row.
+        ctx.frozen = ctx.needs_input_grad[0] and not (
+            ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
+        )
+        slopes = torch.empty_like(hidden) if ctx.frozen else None
         for rows in chunks(len(targets), len(weight)):
-            logits, _ = head_logits(hidden[rows], weight, bias, rule)
-            logp[rows] = _Softmax.of(logits, targets[rows]).logp
-        ctx.save_for_backward(hidden, weight, targets, bias)
+            logits, slope = head_logits(hidden[rows], weight, bias, rule)
+            softmax = _Softmax.of(logits, targets[rows])
+            logp[rows] = softmax.logp
+            if slopes is not None:
+                one = torch.ones_like(softmax.logp)
+                grad = softmax.gradient(slope, targets[rows], one, rule)
+                slopes[rows] = (grad.to(weight.dtype) @ weight).to(slopes.dtype)
+        kept = (slopes,) if slopes is not None else (hidden, weight, targets, bias)
+        ctx.save_for_backward(*kept)
         ctx.rule = rule
         return logp
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.frozen:
+            (slopes,) = ctx.saved_tensors
+            return (slopes * grads[0][:, None]).to(slopes.dtype), None, None, None, None
         hidden, weight, targets, bias = ctx.saved_tensors
         sums = HeadGradients(ctx, hidden, weight, bias)
         for rows in chunks(len(targets), len(weight)):

@@ -4,6 +4,7 @@
     token       W h_t + b             one of K labels for each word
     number      w . f(pool(h)) + b    a grade, a likeness, a relevance
     embedding   pool(h)               a vector of which near means alike
+    words       `bert_heads.py`       which tokens were hidden
 
 A head is a transform and the last of them: adapters before it do not freeze it, and without any
 the whole model is trained. Its labels stand in its configuration, so a trained model knows them.
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from treadle.core.cards import Card
 from treadle.core.config import Config
 from treadle.core.errors import ConfigError, TreadleError, did_you_mean
-from treadle.models.bert_heads import PoolerHead
+from treadle.models.bert_heads import MaskedHead, MaskedWords, PoolerHead
 from treadle.models.decoder import DecoderModel, Wordless
 from treadle.models.pooling import MeanPooling, Pooling, wide
 from treadle.models.transform import Transform
@@ -124,6 +125,24 @@ class NumberHead(Transform):
 
     def __call__(self, model: M) -> M:
         return put_head(model, lambda m: TextReadout(m, self), owner="NumberHead")
+
+
+class WordHead(Transform):
+    """Words that were masked, as BERT was pretrained; shares its table with the embedding."""
+
+    words: MaskedWords = MaskedWords()
+
+    def __call__(self, model: M) -> M:
+        return put_head(model, self._fresh, owner="WordHead")
+
+    def _fresh(self, model: DecoderModel) -> nn.Module:
+        config = model.config
+        head = self.words.build(config.vocab, config.dim, model.embedding)
+        assert isinstance(head, MaskedHead)
+        nn.init.normal_(head.words.dense.weight, std=config.std)
+        for bias in (head.words.dense.bias, head.words.vocabulary.bias):
+            nn.init.zeros_(bias)
+        return head
 
 
 class EmbeddingHead(Transform):

@@ -68,10 +68,11 @@ class RMSNormLayer(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.full((dim,), 1.0 - config.offset))
+        self.kernel = rms_norm
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         gain = self.weight + self.config.offset if self.config.offset else self.weight
-        return rms_norm(x, gain, self.config.eps)
+        return self.kernel(x, gain, self.config.eps)
 
 
 class LayerNormLayer(nn.Module):

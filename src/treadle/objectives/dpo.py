@@ -46,7 +46,7 @@ CARD = Card(
     id="al.dpo",
     paper="Rafailov et al. 2023, arXiv:2305.18290, and the relatives in the file's table",
     summary="DPO, IPO, SLiC, SimPO, CPO, ORPO and robust DPO as values of the same axes.",
-    recipe="treadle run dpo steps.0.source.pairs.path=pairs.jsonl",
+    recipe="treadle run dpo steps.dpo.source.pairs.path=pairs.jsonl",
     oracle="tests/objectives/test_objectives_dpo.py::test_losses_and_gradients_match_trl",
 )
 

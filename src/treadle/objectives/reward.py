@@ -29,8 +29,7 @@ CARD = Card(
     id="al.reward",
     paper="Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155; Llama 2, arXiv:2307.09288",
     summary="Reward models on any decoder, trained on pairs with margins.",
-    recipe="treadle run reward-model steps.0.source.pairs.path=pairs.jsonl "
-    "steps.1.pairs.path=pairs.jsonl",
+    recipe="treadle run reward-model steps.reward.source.pairs.path=pairs.jsonl",
     oracle="tests/objectives/test_objectives_reward.py::test_loss_and_gradients_match_trl",
 )
 

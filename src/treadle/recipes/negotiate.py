@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from treadle.alignment.measure_played import MeasurePlayed
-from treadle.alignment.negotiation import Negotiation, Scripted
+from treadle.alignment.negotiation import Negotiation, ScriptedDeals
 from treadle.alignment.played import Played
 from treadle.alignment.samplers import NativeKernels
 from treadle.core.pipeline import Pipeline
@@ -24,7 +24,7 @@ BASE = Pretrained(name="smollm2-135m-instruct")
 def negotiate() -> Pipeline:
     game = Negotiation()
     school = sft(BASE).replace(
-        source=Supervised(conversations=Scripted(negotiation=game), per_step=8),
+        source=Supervised(conversations=ScriptedDeals(negotiation=game), per_step=8),
         fit=Fit(steps=16, checkpoint_every=4),
         minutes=2.0,
     )

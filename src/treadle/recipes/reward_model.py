@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from treadle.alignment.held_out import HeldOut
 from treadle.alignment.measure import MeasurePreferences, ScoreOf
 from treadle.alignment.preferences import PairFiles, Preferences
 from treadle.alignment.reference import NoReference
@@ -35,7 +36,7 @@ def reward_model() -> Pipeline:
         name="measure-reward",
         subject="reward",
         model=Trained(step="reward"),
-        pairs=pairs.replace(held_out=True),
+        pairs=HeldOut(step="reward"),
         judge=ScoreOf(),
         minutes=2.0,
     )

@@ -20,11 +20,13 @@ from starlette.requests import Request as Http
 from starlette.responses import Response
 from torch import Tensor
 
+from treadle.core.cards import Card
 from treadle.inference.attach import applied
 from treadle.inference.engine import Engine
 from treadle.kernels.attention import AttentionRule, attention_mask, attention_weights
 from treadle.nn.context import Context, Packed
 from treadle.nn.layout import Layout
+from treadle.peft.prefix import prefix_of
 from treadle.serving.errors import ApiError, reply
 from treadle.serving.pool import runner_of
 from treadle.serving.prompt import chat_prompt
@@ -33,6 +35,13 @@ from treadle.serving.service import Service
 from treadle.serving.stream import unless_gone
 from treadle.tokenizers.tokenizer import Tokenizer
 
+CARD = Card(
+    id="deploy.ui.attention",
+    paper="Vig 2019, A Multiscale Visualization of Attention, arXiv:1906.05714",
+    summary="Shows which tokens the model looked at when it wrote a token of an answer.",
+    recipe="treadle serve smollm2-135m-instruct --device cpu",
+    oracle="tests/serving/test_serving_attention.py::test_every_kind_of_attention",
+)
 MOST = 2048
 """Tokens of conversation and answer together: a matrix has their square."""
 DIGITS = 5
@@ -102,6 +111,8 @@ def attended(
         ApiError: the model does not run in plain torch, or nothing attends there.
     """
     runner = runner_of(engine, "shows no attention")
+    if prefix_of(runner.model) is not None:
+        raise ApiError(400, "attention to a learned prefix is not shown: ask for the base model")
     packed = Packed.of(Layout((len(tokens),)), runner.device)
     watched = Watched(packed.positions, packed.length, packed, layer, head, rows)
     with runner.autocast(), applied(engine, adapter, len(tokens)):

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
-
-from torch import Tensor
 
 from treadle.core.errors import TreadleError, did_you_mean
 from treadle.inference.adapters import CannotShareError
 from treadle.inference.attach import attach, beside, detach
 from treadle.inference.engine import Engine
-from treadle.inference.native_runner import NativeRunner
 from treadle.inference.torch_runner import TorchRunner
-from treadle.models.decoder import DecoderModel
 from treadle.serving.config import Serve
 from treadle.serving.errors import ApiError, unavailable, unknown_model
 from treadle.serving.metrics import Metrics
@@ -118,7 +113,8 @@ class Pool:
         return name if entry.shares else None
 
     def unload_idle(self) -> None:
-        """Unload what nobody has used for `idle_seconds`."""
+        """Unload what nobody has used for `idle_seconds`, and let go of what was unloaded."""
+        self._ending = [worker for worker in self._ending if worker.alive]
         now = time.monotonic()
         for entry in self._entries.values():
             if entry.idle and now - entry.used >= self.config.idle_seconds:
@@ -136,6 +132,7 @@ class Pool:
         """
         for worker in self._ending:
             await asyncio.to_thread(worker.join)
+        self._ending = []
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
@@ -245,21 +242,10 @@ def runner_of(engine: Engine, lack: str = "gives text only") -> TorchRunner:
     raise ApiError(400, message, code="text_only")
 
 
-def _tensors(model: DecoderModel) -> Iterator[Tensor]:
-    return chain(model.parameters(), model.buffers())
-
-
 def _bytes(engines: Sequence[Engine]) -> int:
-    """Memory of the weights, shared ones once; a runner of another make counts as nothing."""
-    storages: dict[int, int] = {}
-    adapters: dict[int, int] = {}
+    """Memory of the weights and adapters, shared ones once."""
+    weights: dict[int, int] = {}
     for engine in engines:
-        if isinstance(engine.runner, NativeRunner):
-            storages[id(engine.runner)] = engine.runner.nbytes
-        if engine.runner.adapters is not None:
-            adapters[id(engine)] = engine.runner.adapters.nbytes
-        if isinstance(engine.runner, TorchRunner):
-            for tensor in _tensors(engine.runner.model):
-                storage = tensor.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values()) + sum(adapters.values())
+        weights |= engine.runner.weights()
+    shelves = {id(e): e.runner.adapters.nbytes for e in engines if e.runner.adapters is not None}
+    return sum(weights.values()) + sum(shelves.values())

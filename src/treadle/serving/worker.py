@@ -126,7 +126,7 @@ class Worker:
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._jobs: dict[int, _Job] = {}
         self._numbers: dict[Ticket, int] = {}
-        self._thread = threading.Thread(target=self._run, name=f"engine {name}", daemon=True)
+        self._thread = threading.Thread(target=self._live, name=f"engine {name}", daemon=True)
         self._thread.start()
 
     @contextmanager
@@ -206,6 +206,10 @@ class Worker:
 
     def _count(self) -> None:
         self.metrics.open.labels(self.name).set(len(self.tickets))
+
+    def _live(self) -> None:
+        self._run()
+        self.engine.runner.close()
 
     def _run(self) -> None:
         while True:

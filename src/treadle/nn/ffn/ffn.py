@@ -68,10 +68,11 @@ class MLPLayer(nn.Module):
 class GatedMLPLayer(nn.Module):
     def __init__(self, config: GatedMLP, dim: int) -> None:
         super().__init__()
+        self.kernel = gated
         self.activation: Activation = config.activation
         self.gate = nn.Linear(dim, config.hidden, bias=config.bias)
         self.up = nn.Linear(dim, config.hidden, bias=config.bias)
         self.down = nn.Linear(config.hidden, dim, bias=config.bias)
 
     def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
-        return self.down(gated(self.gate(x), self.up(x), self.activation))  # type: ignore[no-any-return]
+        return self.down(self.kernel(self.gate(x), self.up(x), self.activation))  # type: ignore[no-any-return]

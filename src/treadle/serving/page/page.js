@@ -227,8 +227,7 @@ function votes(message) {
     button.addEventListener("click", async () => {
       try {
         await vote(message.id, good, settings.key);
-        if (message.model !== body.model) drawn.who.firstChild.textContent = `${body.model}: ${message.model}`;
-    message.votable = false;
+        message.votable = false;
         box.replaceChildren(good ? "voted good" : "voted bad");
         save(null);
       } catch (error) {
