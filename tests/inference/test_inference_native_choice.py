@@ -65,7 +65,7 @@ def test_what_stands_against_it_is_said(tmp_path: Path, monkeypatch: pytest.Monk
     mixture = swap(TINY, GatedMLP, lambda f: MoE(expert=f, experts=3, top_k=2))
     mixed = native_support(file_with(tmp_path, "Q4_1", mixture))
     assert mixed.weights is None
-    assert "no feed-forward MoE; use the torch path" in mixed.why
+    assert "the feed-forward MoE; use the torch path" in mixed.why
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "no C++ compiler" in native_support(file_with(tmp_path, "Q4_0")).why
     with pytest.raises(TreadleError, match="no such file"):
