@@ -1,4 +1,4 @@
-"""What glibc keeps of a sequence of requests, against a process that makes them and writes there."""
+"""What glibc keeps of requests, against a process that makes them and writes into the memory."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_what_fits_a_hole_takes_no_more() -> None:
 
 @glibc
 def test_a_hole_of_the_same_size_does_not_fit() -> None:
-    """An aligned block asks for more than it gets, so equal sizes do not take each other's place."""
+    """An aligned block asks for more than it gets: it does not take the place of its like."""
     found = requests(*[64 * KB] * 800, *[-number for number in range(1, 801, 2)], *[64 * KB] * 400)
     assert held(found) == pytest.approx(64 * KB * 1200, rel=0.02)
 
