@@ -7,6 +7,7 @@ table says whether the teacher helped.
 from __future__ import annotations
 
 from treadle.core.pipeline import Pipeline
+from treadle.core.processes import ProcessPerStep
 from treadle.data.corpus import TextCorpus
 from treadle.data.python_docs import PythonDocs
 from treadle.data.source import Source
@@ -41,7 +42,11 @@ def distill_across() -> Pipeline:
     )
     runs = (learn("alone", TEXT, CausalLM()), learn("ranked", taught, mixed))
     steps = (step for run in runs for step in (run, read(run.name)))
-    return Pipeline(name="distill-across", steps=(tokenizer, *steps, SideBySide(), Report()))
+    return Pipeline(
+        name="distill-across",
+        steps=(tokenizer, *steps, SideBySide(), Report()),
+        processes=ProcessPerStep(),
+    )
 
 
 def learn(name: str, source: Source, objective: Objective) -> Run:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from treadle.alignment.reasoning_gym import ReasoningGym
 from treadle.alignment.worked_solutions import WorkedSolutions
 from treadle.core.pipeline import Pipeline
+from treadle.core.processes import ProcessPerStep
 from treadle.data.python_docs import PythonDocs
 from treadle.data.source import Source
 from treadle.data.supervised import Supervised
@@ -75,7 +76,11 @@ def distill_ladder() -> Pipeline:
         train("progressive", last, lesson(Cached(), assistant), Distil(terms=mixed), half),
     )
     steps = (step for run in runs for step in (run, measure(run.name)))
-    return Pipeline(name="distill-ladder", steps=(*steps, SideBySide(), Report()))
+    return Pipeline(
+        name="distill-ladder",
+        steps=(*steps, SideBySide(), Report()),
+        processes=ProcessPerStep(),
+    )
 
 
 def specialist(base: ModelSource) -> Run:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from treadle.alignment.reasoning_gym import ReasoningGym
 from treadle.core.pipeline import Pipeline
+from treadle.core.processes import ProcessPerStep
 from treadle.distillation.rationales import Rationales, StepByStep
 from treadle.distillation.students import Thinned
 from treadle.evals.evaluate import Evaluate, Exam
@@ -38,6 +39,7 @@ def distill_steps() -> Pipeline:
     return Pipeline(
         name="distill-steps",
         steps=(specialist(BASE), rationales, *steps, SideBySide(), Report()),
+        processes=ProcessPerStep(),
     )
 
 
