@@ -18,7 +18,7 @@ from treadle.core.errors import TreadleError
     ("arguments", "message"),
     [
         (["gone/model"], "`gone/model` cannot be loaded"),
-        (["{model}", "--memory", "0.0001"], "`a` does not fit"),
+        (["{model}", "--memory", "0"], "--memory"),
         (["{model}", "b={folder}", "--trial", "duel=a:c"], "no model `c` is served"),
         (["{model}", "--trial", "duel=a"], "write NAME=A:B"),
         (["{model}", "b={folder}", "--trial", "duel=a:b"], "--trial-log"),

@@ -247,7 +247,7 @@ def test_models_are_loaded_on_demand_and_unloaded() -> None:
             assert loaded[-2:] == [name, name], "what is unloaded is loaded again when asked for"
     with (
         running([opener("a")], Serve(port=0, memory_bytes=size // 2)) as server,
-        pytest.raises(InternalServerError, match="does not fit"),
+        pytest.raises(InternalServerError, match=r"does not fit: its weights.*--memory allows"),
     ):
         server.client.completions.create(model="a", prompt="x", max_tokens=1)
 

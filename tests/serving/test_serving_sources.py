@@ -77,6 +77,10 @@ def test_the_best_passages_are_those_of_the_formula() -> None:
     given = [Passage(i, "t", text) for i, text in enumerate(texts, 1)]
     assert scores(given, question) == pytest.approx(wanted, rel=1e-9)
     assert scores([Passage(1, "", "...")], question) == [0.0], "a passage without a word"
+    alone = scores([Passage(1, "", "loom")], "loom")
+    assert alone == pytest.approx([math.log(4 / 3)]), "of the mean length"
+    short, _ = scores([Passage(1, "", "loom"), Passage(2, "", "loom warp weft")], "loom")
+    assert short == pytest.approx(math.log(1.2) * 2.5 / (1 + 1.5 * (0.25 + 0.75 / 2)))
     for room in range(1, 6):
         kept = chosen(given, question, lambda text: 1, room)
         assert [p.text for p in kept] == [texts[i] for i in sorted(order[:room])]

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -40,6 +41,8 @@ TensorParallel = Annotated[
         help="Processes to cut the model over; started here, unless torchrun did.",
     ),
 ]
+COMMANDS = ("treadle", "__main__")
+"""How this program is called."""
 PATIENCE = 20.0
 """Seconds that a process has to end by itself."""
 
@@ -171,8 +174,11 @@ class _Others:
 
 @contextmanager
 def _others(processes: int) -> Iterator[None]:
-    """The other processes of this command, unless torchrun started them."""
-    if "WORLD_SIZE" in os.environ:
+    """The other processes of this command, unless torchrun started them.
+
+    Within another program there is no command line that they could run; `join` says what to do.
+    """
+    if "WORLD_SIZE" in os.environ or Path(sys.argv[0]).stem not in COMMANDS:
         yield
         return
     with socket.socket() as free:

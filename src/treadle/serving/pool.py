@@ -199,7 +199,14 @@ class Pool:
             if entry.idle:
                 self._unload(entry)
         if self._loaded_bytes() > limit:
+            alone = _bytes([kept.worker.engine]) if kept.worker is not None else 0
             self._unload(kept)
+            if alone > limit:
+                raise unavailable(
+                    f"`{kept.offer.name}` does not fit: its weights take {alone / 1e9:.3g} GB, and "
+                    f"--memory allows {limit / 1e9:.3g}",
+                    "memory",
+                )
             raise unavailable(
                 f"`{kept.offer.name}` does not fit beside the models that are in use; try again",
                 "memory",
