@@ -20,7 +20,7 @@ from treadle.evals.wikitext import articles, plain
 from treadle.inference.cache import Cache
 from treadle.inference.contiguous import Contiguous
 from treadle.inference.heavy_hitters import HeavyHitters
-from treadle.inference.paged_memory import Paged
+from treadle.inference.paged_memory import Paged, PagesOnly
 from treadle.inference.quantised import Quantised, Smoothed
 from treadle.inference.rolling import Rolling
 from treadle.inference.runner import Batch
@@ -33,6 +33,7 @@ from treadle.tokenizers.tokenizer import Tokenizer
 BUDGET = 128
 KINDS: dict[str, Cache] = {
     "paged": Paged(),
+    "pages only": PagesOnly(),
     "contiguous": Contiguous(),
     "8 bits": Quantised(bits=8),
     "4 bits": Quantised(bits=4),

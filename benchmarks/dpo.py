@@ -1,8 +1,10 @@
 """A DPO step of SmolLM2-135M with LoRA: treadle beside TRL's DPOTrainer.
 
-Pairs from GSM8K: the worked answer, and the bare result, so lengths are unequal; with `--equal`
-the rejected one is the worked answer with letters changed. Both compute the reference once before
-training, and its time is counted for neither.
+    python benchmarks/dpo.py --rounds 1
+
+Pairs from GSM8K, twice: in `equal` the rejected answer is the worked one with letters changed; in
+`unequal` it is the bare result. Both compute the reference once before training, and its time is
+counted for neither. Peak memory is that of the whole process.
 """
 
 from __future__ import annotations
@@ -16,25 +18,39 @@ from pathlib import Path
 import race
 from common import gsm8k, model_folder
 
-STEPS = 3
+KINDS = ("equal", "unequal")
+Pair = dict[str, str]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", type=int, default=8, help="in an optimiser step")
+    parser.add_argument("--steps", type=int, default=3, help="of each kind; the first is not timed")
     parser.add_argument("--longest", type=int, default=384)
-    parser.add_argument("--equal", action="store_true", help="answers of one length")
+    parser.add_argument("--model", help="a Hugging Face folder [SmolLM2-135M-Instruct]")
 
 
-def pairs(args: argparse.Namespace) -> list[dict[str, str]]:
+def pairs(args: argparse.Namespace, kind: str) -> list[Pair]:
     rows = []
-    for question, answer in gsm8k(args.pairs * STEPS):
+    for question, answer in gsm8k(args.pairs * args.steps):
         chosen = answer["content"]
-        rejected = chosen.replace("a", "e") if args.equal else chosen.rpartition("#### ")[2]
+        rejected = chosen.replace("a", "e") if kind == "equal" else chosen.rpartition("#### ")[2]
         rows.append({"prompt": question["content"], "chosen": chosen, "rejected": rejected})
     return rows
 
 
+def folder_of(args: argparse.Namespace) -> Path:
+    return Path(args.model) if args.model else model_folder()
+
+
 def treadle(args: argparse.Namespace) -> Mapping[str, float]:
+    return {f"s/step {kind}": treadle_seconds(args, pairs(args, kind)) for kind in KINDS}
+
+
+def trl_dpo(args: argparse.Namespace) -> Mapping[str, float]:
+    return {f"s/step {kind}": trl_seconds(args, pairs(args, kind)) for kind in KINDS}
+
+
+def treadle_seconds(args: argparse.Namespace, rows: list[Pair]) -> float:
     import torch
 
     from treadle.alignment.preferences import Pairs, Preferences
@@ -50,8 +66,6 @@ def treadle(args: argparse.Namespace) -> Mapping[str, float]:
     from treadle.train.precision import FP32
     from treadle.train.step import summed_gradients
 
-    rows = pairs(args)
-
     class Rows(Pairs):
         def pair(self, index: int) -> Preference:
             row = rows[index]
@@ -61,7 +75,7 @@ def treadle(args: argparse.Namespace) -> Mapping[str, float]:
         def count(self) -> int:
             return len(rows)
 
-    model = LoRA(rank=16)(load_model(model_folder(), dtype=torch.float32).model)
+    model = LoRA(rank=16)(load_model(folder_of(args), dtype=torch.float32).model)
     plan, precision = SingleProcess(), FP32()
     world = plan.setup()
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -70,19 +84,19 @@ def treadle(args: argparse.Namespace) -> Mapping[str, float]:
     source = Preferences(pairs=Rows(), per_step=args.pairs, longest=args.longest)
     clock = race.Clock()
     with tempfile.TemporaryDirectory() as folder:
-        env = Env(model=model, tokenizer=Tokenizer.load(model_folder()), scratch=Path(folder))
+        env = Env(model=model, tokenizer=Tokenizer.load(folder_of(args)), scratch=Path(folder))
         stream = source.open(env)
-        for _ in range(STEPS):
+        for _ in range(args.steps):
             with clock.lap():
                 work = next(stream)
                 summed_gradients(model, DPO(), work, world, plan, precision, scaler)
                 clipper([p for _, p in named])
                 optimizer.step()
                 optimizer.zero_grad()
-    return {"s/step": clock.seconds}
+    return clock.seconds
 
 
-def trl_dpo(args: argparse.Namespace) -> Mapping[str, float]:
+def trl_seconds(args: argparse.Namespace, rows: list[Pair]) -> float:
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -98,21 +112,21 @@ def trl_dpo(args: argparse.Namespace) -> Mapping[str, float]:
         def on_step_end(self, *_, **__) -> None:
             clock.laps.append(time.perf_counter() - self.start)
 
-    rows = [
+    chats = [
         {
             "prompt": [{"role": "user", "content": row["prompt"]}],
             **{k: [{"role": "assistant", "content": row[k]}] for k in ("chosen", "rejected")},
         }
-        for row in pairs(args)
+        for row in rows
     ]
     with tempfile.TemporaryDirectory() as folder:
         DPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32),
+            model=AutoModelForCausalLM.from_pretrained(folder_of(args), dtype=torch.float32),
             args=DPOConfig(
                 output_dir=folder,
                 per_device_train_batch_size=args.pairs,
                 max_length=args.longest,
-                max_steps=STEPS,
+                max_steps=args.steps,
                 learning_rate=1e-5,
                 precompute_ref_log_probs=True,
                 gradient_checkpointing=False,
@@ -124,18 +138,18 @@ def trl_dpo(args: argparse.Namespace) -> Mapping[str, float]:
                 dataloader_pin_memory=False,
                 disable_tqdm=True,
             ),
-            train_dataset=Dataset.from_list(rows),
-            processing_class=AutoTokenizer.from_pretrained(model_folder()),
+            train_dataset=Dataset.from_list(chats),
+            processing_class=AutoTokenizer.from_pretrained(folder_of(args)),
             peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
             callbacks=[Laps()],
         ).train()
-    return {"s/step": clock.seconds}
+    return clock.seconds
 
 
 if __name__ == "__main__":
     race.main(
         {"treadle": treadle, "trl": trl_dpo},
-        name=lambda args: f"dpo_{args.pairs}_{'equal' if args.equal else 'unequal'}",
+        name=lambda args: f"dpo_{args.pairs}",
         unit="seconds a step",
         add_arguments=add_arguments,
     )

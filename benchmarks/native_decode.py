@@ -1,6 +1,10 @@
 """Decoding and prefill of SmolLM2-135M on the processor: treadle's native runner and llama.cpp.
 
 Both read the same GGUF file, through their low-level interfaces, with all cores.
+
+`--level avx2` is treadle as on a processor without AVX-512. For a peer of that kind, build
+llama.cpp with `cmake -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON
+-DBUILD_SHARED_LIBS=ON` and name the folder of its libraries in LLAMA_CPP_LIB_PATH.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--context", type=int, default=64, help="tokens before decoding starts")
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--level", help="the instructions that treadle takes; its best without")
 
 
 def model_file(args: argparse.Namespace) -> Path:
@@ -85,7 +90,7 @@ def treadle(args: argparse.Namespace) -> Mapping[str, float]:
 
     torch.set_num_threads(1)  # its threads would spin beside the runner's
     each = -(-max(args.prompt, args.context + args.tokens) // 32)
-    runner = NativeRunner.open(model_file(args), pages=args.batch * each)
+    runner = NativeRunner.open(model_file(args), pages=args.batch * each, level=args.level)
     tables = [list(range(i * each, (i + 1) * each)) for i in range(args.batch)]
 
     def read(length: int) -> None:
@@ -97,7 +102,8 @@ def treadle(args: argparse.Namespace) -> Mapping[str, float]:
     def step(position: int) -> None:
         nonlocal last
         starts = [position] * args.batch
-        last = runner.run(Batch(last, ones, starts, tables, ones)).argmax(-1).tolist()
+        logits = runner.run(Batch(last, ones, starts, tables, ones))
+        last = runner.peaks(logits)[0].tolist()
 
     return figures(args, read, step)
 
@@ -149,7 +155,9 @@ def llama_cpp(args: argparse.Namespace) -> Mapping[str, float]:
 if __name__ == "__main__":
     race.main(
         {"treadle": treadle, "llama.cpp": llama_cpp},
-        name=lambda args: f"native_decode_{args.format}_batch{args.batch}",
+        name=lambda args: "_".join(
+            ("native_decode", args.format, f"batch{args.batch}", *filter(None, (args.level,)))
+        ),
         unit="tokens a second",
         add_arguments=add_arguments,
     )

@@ -10,7 +10,7 @@ from tiny_generation import byte_tokenizer, tiny_model
 
 from treadle.alignment.rejection import (
     ACCEPTED,
-    Joined,
+    JoinedConversations,
     RejectionSample,
     Sampled,
     SampledAndGeneral,
@@ -164,12 +164,12 @@ class Counted(Conversations):
 
 
 def test_conversations_follow_each_other() -> None:
-    joined = Joined(of=(Counted(word="a"), Counted(word="b", amount=3)))
+    joined = JoinedConversations(of=(Counted(word="a"), Counted(word="b", amount=3)))
     said = [joined.conversation(i).messages[1].content for i in range(5)]
     assert said == ["a0", "a1", "b0", "b1", "b2"]
     assert joined.count() == 5
-    endless = Joined(of=(Counted(word="a"), Counted(word="b", amount=None)))
+    endless = JoinedConversations(of=(Counted(word="a"), Counted(word="b", amount=None)))
     assert endless.count() is None
     assert endless.conversation(9).messages[1].content == "b7"
     with pytest.raises(TreadleError, match="Counted never ends: put it last"):
-        Joined(of=(Counted(word="b", amount=None), Counted(word="a"))).conversation(0)
+        JoinedConversations(of=(Counted(word="b", amount=None), Counted(word="a"))).conversation(0)

@@ -350,6 +350,18 @@ def test_a_stream_of_plays_goes_on_where_it_was(tmp_path: Path) -> None:
     ]
 
 
+def test_what_has_no_room_is_not_learned_on(tmp_path: Path) -> None:
+    """A play that fills the context in a later turn ends there, with what was said so far."""
+    stream = chatting(turns=9, environment=Chatting(rounds=9)).open(env(tiny_model(), tmp_path))
+    episodes = stream.roll()
+    long = [e for e in episodes if e.cut_off and e.turns > 1]
+    assert long
+    for seat in (e.seats[0] for e in episodes):
+        assert len(seat.prompt) + len(seat.tokens) <= 128
+        assert seat.learned[-1]
+        assert sum(seat.learned) == len(seat.logprobs)
+
+
 def test_copies_of_a_play_draw_differently(tmp_path: Path) -> None:
     """In the first turn and in later ones, though each later prompt is alone in its request."""
     stream = chatting(completions=8, prompts=1).open(env(tiny_model(context=256), tmp_path))

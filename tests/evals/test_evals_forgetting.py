@@ -10,6 +10,7 @@ import pytest
 
 from treadle.core.errors import TreadleError
 from treadle.core.pipeline import Pipeline, Step, Workspace, execute, read_manifest
+from treadle.core.progress import Silent
 from treadle.evals.forgetting import ForgettingScore, Stage, forgetting
 
 
@@ -22,6 +23,16 @@ class FakeExams(Step):
     def execute(self, workspace: Workspace) -> Mapping[str, Any]:
         pairs = zip(self.tasks, self.values, strict=True)
         return {"kind": "evaluation", "results": {t: {"value": v} for t, v in pairs}}
+
+
+class Lines(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
 
 
 TABLE = ((0.9, 0.2, 0.1), (0.6, 0.8, 0.1), (0.5, 0.9, 0.7))
@@ -40,7 +51,10 @@ def test_it_reads_the_stages_of_a_pipeline(tmp_path: Path) -> None:
     measures = tuple(FakeExams(name=f"m{i}", values=row) for i, row in enumerate(TABLE))
     stages = tuple(Stage(step=f"m{i}", task=task) for i, task in enumerate("abc"))
     score = ForgettingScore(name="score", stages=stages)
-    execute(Pipeline(name="p", steps=(*measures, score)), tmp_path)
+    lines = Lines()
+    execute(Pipeline(name="p", steps=(*measures, score)), tmp_path, lines)
+    expected = "score: accuracy 70% over all tasks, forgotten 15%, backward transfer -15%"
+    assert expected in lines.said
     metrics = read_manifest(tmp_path / "score")["metrics"]
     assert metrics["backward_transfer"] == pytest.approx(-0.15)
     assert metrics["accuracies"][2] == list(TABLE[2])

@@ -19,6 +19,7 @@ from treadle.inference.runner import Batch
 from treadle.kernels.attention import AttentionRule
 from treadle.kernels.blocks import FORMATS, dequantise, quantise
 from treadle.kernels.native.build import COMPILERS
+from treadle.kernels.native.levels import LEVELS, features
 from treadle.kernels.native.matrix import round_groups
 from treadle.models.decoder import Decoder, DecoderModel, swap
 from treadle.models.gemma import gemma3_270m
@@ -27,6 +28,7 @@ from treadle.models.hub.save import save_gguf
 from treadle.models.llama import tiny_llama
 from treadle.nn.context import Packed
 from treadle.nn.ffn.ffn import MLP, GatedMLP
+from treadle.nn.ffn.moe import MoE
 from treadle.nn.layout import Layout
 from treadle.nn.mixers.attention import Attention
 from treadle.nn.norms import LayerNorm, PostNorm, PreNorm, RMSNorm
@@ -197,6 +199,18 @@ def test_families_are_those_of_the_dense_model(name: str) -> None:
     assert_close(torch.cat(pieces), ours, atol=2e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("level", [level.name for level in LEVELS if level.needs <= features()])
+def test_whole_decoders_on_every_instruction_set(level: str) -> None:
+    for decoder, format in ((TINY, "Q4_0"), (FAMILIES["biases everywhere"], "Q8_0")):
+        runner = NativeRunner.of_model(
+            model_of(decoder), format=format, page=PAGE, pages=6, level=level
+        )
+        assert runner.level == level
+        assert float(apart(runner, decoder, format).quantile(0.75)) < 2e-6
+    soft = NativeRunner.of_model(model_of(gemma3()), page=PAGE, pages=6, level=level)
+    assert float(apart(soft, gemma3(), "Q8_0").quantile(0.75)) < 2e-6
+
+
 def test_gates_beyond_the_range_of_exp_close() -> None:
     """exp(100) does not fit in a float32; the gate of -100 is nothing all the same."""
 
@@ -248,6 +262,20 @@ def test_shared_copied_saved_and_loaded_pages() -> None:
     assert_close(runner.run(both)[:1], expected)
 
 
+def test_likeliest_tokens_and_sums_are_torch_s() -> None:
+    """Rows that end inside a vector, lie apart, hold equals, or hold what is forbidden."""
+    runner = NativeRunner.of_model(model_of(TINY), page=PAGE, pages=1)
+    logits = torch.randn(9, 260)[:, :VOCAB] * torch.logspace(-2, 2, 9)[:, None]
+    logits[0, [7, 19, 202]] = 50.0
+    logits[1, 202] = 50.0
+    logits[2, : VOCAB - 1] = -torch.inf
+    logits[3, :190] = -torch.inf
+    for rows in (logits, logits[::2], logits[[4, 1, 3]], logits.double(), logits[:0]):
+        tokens, sums = runner.peaks(rows)
+        assert tokens.equal(rows.argmax(-1))
+        assert_close(sums, rows.logsumexp(-1), atol=1e-5, rtol=1e-6)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_any_number_of_threads(threads: int) -> None:
     text = tokens_of(30)
@@ -291,6 +319,10 @@ def test_files_in_other_formats_are_rounded_by_name_only(tmp_path: Path, format:
             "head_dim=24, which is no multiple of 16",
         ),
         (swap(TINY, GatedMLP, lambda f: MLP(hidden=f.hidden)), "the feed-forward MLP"),
+        (
+            swap(TINY, GatedMLP, lambda f: MoE(expert=f, experts=4, top_k=2)),
+            "the feed-forward MoE",
+        ),
         (swap(TINY, PreNorm, lambda p: PostNorm()), "the placement PostNorm"),
         (swap(TINY, RMSNorm, lambda n: LayerNorm()), "the norm LayerNorm"),
         (TINY.replace(learned_positions=True), "learned positions"),
@@ -321,5 +353,5 @@ def test_a_wrong_batch_never_reaches_native_code(batch: Batch, message: str) -> 
 def test_bad_settings() -> None:
     with pytest.raises(TreadleError, match="page=24: native pages hold a multiple of 16"):
         NativeRunner.of_model(model_of(TINY), page=24)
-    with pytest.raises(TreadleError, match="format F16: the native path has Q4_0, Q4_1, Q5_0"):
+    with pytest.raises(TreadleError, match="no products of F16; choose Q4_0, Q4_1, Q5_0"):
         NativeRunner.of_model(model_of(TINY), format="F16")

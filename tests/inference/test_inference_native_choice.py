@@ -19,12 +19,14 @@ from treadle.inference.request import Request
 from treadle.inference.runner import Batch
 from treadle.inference.sampling import Sampling
 from treadle.kernels.native.build import COMPILERS
-from treadle.models.decoder import Decoder, LinearHead
+from treadle.models.decoder import Decoder, LinearHead, swap
 from treadle.models.gpt2 import gpt2
 from treadle.models.hub.gguf import GGUFFile, write_gguf
 from treadle.models.hub.load import load_model
 from treadle.models.hub.save import save_gguf, save_hf
 from treadle.models.llama import tiny_llama
+from treadle.nn.ffn.ffn import GatedMLP
+from treadle.nn.ffn.moe import MoE
 
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
 TINY = tiny_llama(203, dim=96, layers=2, heads=6, kv_heads=2, hidden=160, context=128)
@@ -60,6 +62,10 @@ def test_what_stands_against_it_is_said(tmp_path: Path, monkeypatch: pytest.Monk
     other = native_support(file_with(tmp_path, "Q8_0", small))
     assert other.weights is None
     assert "the native path runs models built like" in other.why
+    mixture = swap(TINY, GatedMLP, lambda f: MoE(expert=f, experts=3, top_k=2))
+    mixed = native_support(file_with(tmp_path, "Q4_1", mixture))
+    assert mixed.weights is None
+    assert "no feed-forward MoE; use the torch path" in mixed.why
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "no C++ compiler" in native_support(file_with(tmp_path, "Q4_0")).why
     with pytest.raises(TreadleError, match="no such file"):

@@ -166,7 +166,11 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
 
 def build(name: str, seed: int = 0) -> transformers.PreTrainedModel:
     """A model with weights wild enough that every part of it shows in the logits."""
-    family, fields = ZOO[name]
+    return build_of(*ZOO[name], seed)
+
+
+def build_of(family: str, fields: dict[str, Any], seed: int = 0) -> transformers.PreTrainedModel:
+    """One of a family, of any size."""
     config_name = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
     ending = "LMHeadModel" if "GPT" in family else "ForCausalLM"
     torch.manual_seed(seed)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models.hf_zoo import ZOO, save
+from models.hf_zoo import ZOO, build_of, save
 from models.test_models_hub import NO_GGUF
 from torch import Tensor
 from torch.testing import assert_close
@@ -127,6 +127,29 @@ def test_smollm2_says_the_same_in_llama_cpp(format: str, smollm2: Path, tmp_path
     assert said[:8] == next_tokens[:8]
     for mine, his, row in zip(said, next_tokens, theirs[start - 1 : -1], strict=True):
         assert mine == his or row[his] - row[mine] < 0.5, "more than a near tie"
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe", "qwen3-moe-summed"])
+def test_llama_cpp_runs_our_quantised_mixtures(name: str, tmp_path: Path) -> None:
+    """Experts in blocks, three dimensions; the router in float32, as llama.cpp keeps it."""
+    wide = {"hidden_size": 96, "intermediate_size": 64, "moe_intermediate_size": 64}
+    family, fields = ZOO[name]
+    sizes = {k: v for k, v in wide.items() if k in fields or k == "hidden_size"}
+    if "shared_expert_intermediate_size" in fields:
+        sizes["shared_expert_intermediate_size"] = 96
+    theirs = build_of(family, {**fields, **sizes})
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = load_model(tmp_path / "theirs").model
+    file = tmp_path / "m.gguf"
+    save_gguf(model, file, format="Q8_0", metadata={"tokenizer.ggml.model": "no_vocab"})
+    stored = {n: i.format for n, i in GGUFFile.open(file).tensors.items() if "ffn_" in n}
+    routers = {n: f for n, f in stored.items() if n.endswith("ffn_gate_inp.weight")}
+    assert set(routers.values()) == {"F32"}
+    assert {f for n, f in stored.items() if "exps" in n} == {"Q8_0"}
+    tokens = torch.randint(0, 61, (30,)).tolist()
+    ours = logits(load_model(file).model, tokens)
+    found = their_logits(file, tokens, **FLOAT32_CACHE)
+    assert float((ours - found).norm() / found.norm()) < 0.05
 
 
 def windows(tokens: list[int], width: int, count: int) -> Iterator[Tensor]:

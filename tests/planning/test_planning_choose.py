@@ -47,6 +47,7 @@ def rows(given: Machine) -> list[Row]:
             temporaries=0,
             loading=0,
             flops=1,
+            heap=0,
             base=size,
         )
         fits = size <= given.memory_bytes and given.disk_bytes >= GB

@@ -38,20 +38,27 @@ def test_codes_are_the_nearest() -> None:
     weight[2, 5] = 0.0
     packed = Float8().pack(weight)
     assert isinstance(packed, Float8Weight)
-    assert packed.codes.dtype == torch.float8_e4m3fn
+    codes = packed.codes.view(torch.float8_e4m3fn).double()
     table = torch.tensor(numbers(), dtype=torch.float64)
     assert table.max() == 448
     scaled = weight.double() / packed.scales.double()
     best = (scaled[..., None] - table).abs().amin(-1)
-    found = (scaled - packed.codes.double()).abs()
+    found = (scaled - codes).abs()
     # fp32 quotients may fall on the other side of a tie
     torch.testing.assert_close(found, best, atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(
-        packed.codes.double().abs().amax(1), torch.full((6,), 448.0).double()
-    )
+    torch.testing.assert_close(codes.abs().amax(1), torch.full((6,), 448.0).double())
     error = (packed.dense(torch.float64) - weight.double()).abs()
     limit = torch.maximum(weight.abs() / 16, packed.scales * 2.0**-10).double()
     assert (error <= limit * (1 + 1e-6)).all()
+
+
+def test_a_model_that_is_cast_keeps_its_codes() -> None:
+    packed = Float8().pack(torch.randn(32, 32))
+    before = packed.dense(torch.float32)
+    packed.to(torch.bfloat16)
+    torch.testing.assert_close(packed.dense(torch.float32), before, atol=0, rtol=2**-8)
+    x = torch.randn(3, 32, dtype=torch.bfloat16)
+    assert DynamicFloat8().forward(x, packed).isfinite().all()
 
 
 def test_rows_and_zeros() -> None:

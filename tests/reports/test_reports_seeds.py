@@ -6,10 +6,13 @@ import statistics
 
 import pytest
 
+from treadle.alignment.ppo import PPORollouts
+from treadle.cli.targets import load
 from treadle.core.errors import TreadleError
 from treadle.core.results import accuracy
 from treadle.reports.seeds import STUDENT, seed_table, spreads
 from treadle.reports.stages import Stage
+from treadle.train.run import Run, Trained
 
 
 def stage(subject: str, right: int, seconds: float | None = 10.0) -> Stage:
@@ -48,6 +51,25 @@ def test_means_spreads_and_gains() -> None:
     nothing, rows = spreads(STAGES[2:])
     assert nothing is None
     assert rows[0].gain is None
+
+
+@pytest.mark.parametrize("name", ["compare-policies", "compare-policies-small"])
+def test_the_contest_gives_each_method_equal_samples_from_one_start(name: str) -> None:
+    runs = [s for s in load(name).steps if isinstance(s, Run) and s.name != "sft"]
+    assert len({run.name for run in runs}) == len(runs) == 24
+    budgets, problems = set(), {}
+    for run in runs:
+        assert run.model == Trained(step="sft")
+        ppo = isinstance(run.source, PPORollouts)
+        rollouts = run.source.rollouts if ppo else run.source
+        per_lot = run.source.epochs * run.source.minibatches if ppo else 1
+        budgets.add((run.fit.steps / per_lot, rollouts.prompts * rollouts.completions))
+        seed = int(run.name[-1])
+        assert run.seed == seed
+        problems.setdefault(seed, set()).add(rollouts.problems)
+    assert len(budgets) == 1
+    assert all(len(found) == 1 for found in problems.values())
+    assert len({p for found in problems.values() for p in found}) == 3
 
 
 def test_the_quantiles_are_those_of_student() -> None:

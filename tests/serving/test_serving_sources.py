@@ -15,7 +15,7 @@ from tiny_generation import byte_tokenizer
 
 from treadle.serving.prompt import chat_prompt
 from treadle.serving.protocol import ChatBody
-from treadle.serving.sources import LONGEST, Passage, chosen, citations, passages, shown
+from treadle.serving.sources import LONGEST, Passage, chosen, citations, passages, scores, shown
 from treadle.tokenizers.template import CHATML
 
 LOOM = "A loom weaves cloth from thread. The warp is held tight while the weft goes across."
@@ -43,6 +43,13 @@ def test_texts_are_cut_where_they_may_be() -> None:
     assert " ".join(pieces).split() == long.split(), "nothing is lost"
     assert "".join(p.text for p in given if p.title == "c").replace("\n", "") == "x" * 2000
     assert not [p for p in given if p.title == "d"]
+    whole = "Thread. " * 112 + "Ends"
+    assert len(whole) == LONGEST
+    assert [p.text for p in passages([("a", whole)])] == [whole], "just as long as may be"
+    assert len(passages([("a", whole + "!")])) == 2
+    first = "w" * (LONGEST - 5)
+    assert len(passages([("a", f"{first}\n\nfour")])) == 1
+    assert len(passages([("a", f"{first}\n\nfives")])) == 2, "the line break counts"
 
 
 def test_the_best_passages_are_those_of_the_formula() -> None:
@@ -57,7 +64,7 @@ def test_the_best_passages_are_those_of_the_formula() -> None:
     question = "loom and warp"
     words = [["t", *text.split()] for text in texts]
     mean = sum(map(len, words)) / len(words)
-    scores = []
+    wanted = []
     for own in words:
         score = 0.0
         for word in question.split():
@@ -65,9 +72,11 @@ def test_the_best_passages_are_those_of_the_formula() -> None:
             count = own.count(word)
             idf = math.log(1 + (len(words) - having + 0.5) / (having + 0.5))
             score += idf * count * 2.5 / (count + 1.5 * (1 - 0.75 + 0.75 * len(own) / mean))
-        scores.append(score)
-    order = sorted(range(len(texts)), key=lambda i: -scores[i])
+        wanted.append(score)
+    order = sorted(range(len(texts)), key=lambda i: -wanted[i])
     given = [Passage(i, "t", text) for i, text in enumerate(texts, 1)]
+    assert scores(given, question) == pytest.approx(wanted, rel=1e-9)
+    assert scores([Passage(1, "", "...")], question) == [0.0], "a passage without a word"
     for room in range(1, 6):
         kept = chosen(given, question, lambda text: 1, room)
         assert [p.text for p in kept] == [texts[i] for i in sorted(order[:room])]

@@ -73,7 +73,10 @@ def test_triton_kernels_train_the_same_model() -> None:
     assert fast.state_dict().keys() == plain.state_dict().keys()
     tokens = torch.randint(0, 257, (11,))
     found = gradients(fast, tokens)
-    torch.testing.assert_close(found, gradients(plain, tokens), atol=1e-4, rtol=1e-4)
+    exact = gradients(copy.deepcopy(plain).double(), tokens)
+    for name, wanted in exact.items():  # either is 2e-4 of the largest away where softmax is sharp
+        largest = float(wanted.abs().max())
+        torch.testing.assert_close(found[name].double(), wanted, atol=3e-4 * largest, rtol=0.0)
     norms = [m for m in fast.modules() if hasattr(m, "kernel")]
     assert {m.kernel.__module__ for m in norms} == {
         "treadle.kernels.gpu.rms_norm",

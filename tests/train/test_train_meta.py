@@ -242,6 +242,22 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         step.replace(inner_steps=1).train(wild, Silent())
 
 
+def test_inner_steps_that_diverge_are_named(tmp_path: Path) -> None:
+    task = Supervised(conversations=Numbered(word="warp", amount=12))
+    step = MetaTrain(
+        model=Pretrained(name="any"),
+        tasks=(task, task),
+        optimizer=AdamW(lr=1e-3),
+        shots=2,
+        inner_steps=1,
+        inner_lr=1e3,
+        steps=1,
+    )
+    env = chat_env(tmp_path)  # all weights are open, the table of embeddings too
+    with pytest.raises(TreadleError, match=r"a blind guess has \d.*they diverge; lower inner_lr"):
+        step.train(env, Silent())
+
+
 def test_the_step_trains_what_the_transforms_opened(tmp_path: Path) -> None:
     tasks = tuple(
         Supervised(conversations=Numbered(word=w, amount=12)) for w in ("warp", "weft", "reed")

@@ -86,6 +86,12 @@ class Seat:
             self.learned += [False] * len(heard)
         return (*self.prompt, *self.tokens)
 
+    def forget_unanswered(self) -> None:
+        """Leave out what was heard after its last words, which has no room."""
+        while self.learned and not self.learned[-1]:
+            self.learned.pop()
+            self.tokens.pop()
+
     def speak(self, tokens: Sequence[int], logprobs: Sequence[float], text: str) -> None:
         self.tokens += tokens
         self.learned += [True] * len(tokens)
@@ -170,6 +176,7 @@ class Table:
             assert episode.speaker is not None
             ready = episode.seats[episode.speaker].ready(self.tokenizer)
             if len(ready) >= self.context:
+                episode.seats[episode.speaker].forget_unanswered()
                 episode.cut_off, episode.speaker = True, None
             else:
                 asked.setdefault((episode.number, ready), []).append(episode)

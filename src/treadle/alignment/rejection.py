@@ -144,14 +144,14 @@ class SampledAndGeneral(Source):
             raise TreadleError("SampledAndGeneral reads earlier steps: give Env a workspace")
         read = tuple(s.conversations(env.workspace) for s in self.sampled)
         return Supervised(
-            conversations=Joined(of=(*read, *self.general)),
+            conversations=JoinedConversations(of=(*read, *self.general)),
             per_step=self.per_step,
             tokens=self.tokens,
             longest=self.longest,
         ).open(env)
 
 
-class Joined(Conversations):
+class JoinedConversations(Conversations):
     """Some conversations after others; all but the last must end."""
 
     of: tuple[Conversations, ...] = Field(min_length=1)
@@ -160,7 +160,9 @@ class Joined(Conversations):
         for part in self.of[:-1]:
             count = part.count()
             if count is None:
-                raise TreadleError(f"Joined: {type(part).__name__} never ends: put it last")
+                raise TreadleError(
+                    f"JoinedConversations: {type(part).__name__} never ends: put it last"
+                )
             if index < count:
                 return part.conversation(index)
             index -= count

@@ -47,7 +47,7 @@ def plan(
     """
     from treadle.core.errors import TreadleError, did_you_mean
     from treadle.core.progress import standard
-    from treadle.planning.choose import GOALS, recommend
+    from treadle.planning.choose import GOALS, gib, recommend
     from treadle.planning.estimate import Data, estimate
     from treadle.planning.methods import methods
 
@@ -68,14 +68,15 @@ def plan(
         f"\n{data.steps} steps of {per_step} examples in {type(machine.precision).__name__}; "
         f"{machine.name}: {machine.flops / 1e9:.0f} GFLOP/s"
     )
-    typer.echo(
-        "memory: of a run with `processes={kind: FrugalProcesses}`; without it glibc's heap keeps "
-        "up to 1.6 times as much"
-    )
     chosen = recommend(rows, known[goal], data, machine)
     typer.echo(f"for {GOALS[known[goal]]}: {chosen.row.method.name}")
     for reason in chosen.reasons:
         typer.echo(f"  - {reason}")
+    needs = chosen.row.needs
+    typer.echo(
+        f"memory is that of `treadle run`; with `processes={{kind: FrugalProcesses}}` "
+        f"{gib(needs.frugal)} instead of {gib(needs.resident)}, and a slower step"
+    )
 
 
 def decoder_of(target: str) -> Decoder:

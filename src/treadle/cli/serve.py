@@ -145,14 +145,19 @@ def _serve(app: App, first: str, config: Serve, shown: str) -> None:
     """Load the model `first`, so that a mistake in its name is told here and now; then answer."""
     import asyncio
 
+    from treadle.core.errors import TreadleError
+    from treadle.serving.errors import ApiError
     from treadle.serving.run import listen, serve
 
     listener = listen(config)
     url = f"http://{shown}:{listener.getsockname()[1]}"
 
     async def run() -> None:
-        async with app.service.pool.use(first):
-            pass
+        try:
+            async with app.service.pool.use(first):
+                pass
+        except ApiError as error:
+            raise TreadleError(error.message) from None
         await serve(app, listener, lambda: _say(url, app.service.names))
 
     asyncio.run(run())

@@ -23,7 +23,7 @@ WATTS_PER_BUSY_CORE = 7.5
 Source = Literal["measured", "estimated"]
 """Of energy: the machine's counters, or processor time."""
 
-STATUS = Path("/proc/self/status")
+STATUS, REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Meter:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Self:
+        self.exact = forget_highest()
         self.start, self.cpu = time.monotonic(), self._cpu()
         self.packages, self.cards = packages(), cards()
         self._sample()
@@ -94,7 +95,7 @@ class Meter:
             return sum(counter.joules() for counter in (*self.packages, *self.cards))
 
     def _sample(self) -> None:
-        total = self.process.memory_info().rss
+        total = highest_resident() if self.exact else self.process.memory_info().rss
         for child in self.process.children(recursive=True):
             try:
                 total += child.memory_info().rss
@@ -105,6 +106,15 @@ class Meter:
     def _cpu(self) -> float:
         times = self.process.cpu_times()
         return float(times.user + times.system + times.children_user + times.children_system)
+
+
+def forget_highest() -> bool:
+    """Begin `highest_resident` anew from what is held now; whether this system can (Linux)."""
+    try:
+        REFERENCES.write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
 
 
 def highest_resident() -> int:

@@ -2,9 +2,9 @@
 
     OneProcess       all in this one: quickest, and what one step leaves in memory the next ones pay
     ProcessPerStep   each in a fresh one, so that its peak memory is its own
-    FrugalProcesses  the same, and what is freed goes back to the system at once: glibc's heap keeps
-                     1.1 to 1.6 times what lives in it, page by page it is 1.02; what that costs in
-                     speed has been timed at larger blocks only: 6 to 28% of a training step
+    FrugalProcesses  the same, and what is freed goes back to the system at once: page by page a
+                     process holds 1.05 times what lives in it. The system clears each page that it
+                     gives again: a LoRA step in bf16 took 10.9 s of processor time instead of 6.8
 
 A step's process is told by text what to do and answers by a pipe: how far it is, its figures, or
 what went wrong.

@@ -32,6 +32,7 @@ from treadle.data.batch import Batch
 from treadle.data.source import Env
 from treadle.distillation.taught import Lesson, Pupil, Teacher, taught
 from treadle.kernels.linear_cross_entropy import chunks, head_logits
+from treadle.models.decoder import DecoderModel
 from treadle.nn.linear import bias_of
 from treadle.objectives.distil import TaughtBatch
 from treadle.objectives.objective import head_rule
@@ -155,6 +156,22 @@ def sequence_keys(batch: Batch) -> list[tuple[bytes, slice]]:
     return found
 
 
+@torch.no_grad()
+def likeliest(
+    config: Cached, teacher: DecoderModel, batch: Batch
+) -> tuple[Int[Tensor, "M k"], Float[Tensor, "M k"]]:
+    """The tokens that follow likeliest on each prediction, and their log-probabilities."""
+    hidden = teacher(batch.tokens, batch.context())[batch.sources]
+    weight, bias = teacher.head_weight(), bias_of(teacher.head)
+    rule = head_rule(teacher, config.temperature)
+    tops = []
+    for rows in chunks(len(hidden), len(weight)):
+        logits, _ = head_logits(hidden[rows], weight, bias, rule)
+        top = logits.topk(config.k, -1)
+        tops.append((top.indices, top.values - logits.logsumexp(-1, keepdim=True)))
+    return torch.cat([i for i, _ in tops]), torch.cat([v for _, v in tops])
+
+
 class _CachedPupil:
     def __init__(self, config: Cached, teacher: Teacher, env: Env, store: TopStore) -> None:
         self.config, self.teacher, self.env, self.store = config, teacher, env, store
@@ -174,20 +191,10 @@ class _CachedPupil:
             top_temperature=self.config.temperature,
         )
 
-    @torch.no_grad()
     def _ask(self, batch: Batch) -> tuple[Int[Tensor, "M k"], Float[Tensor, "M k"]]:
         self.teacher.check_vocabulary()
-        model, here = self.teacher.model, batch.to(self.env.device)
         with self.env.autocast():
-            hidden = model(here.tokens, here.context())[here.sources]
-            weight, bias = model.head_weight(), bias_of(model.head)
-            rule = head_rule(model, self.config.temperature)
-            tops = []
-            for rows in chunks(len(hidden), len(weight)):
-                logits, _ = head_logits(hidden[rows], weight, bias, rule)
-                top = logits.topk(self.config.k, -1)
-                tops.append((top.indices, top.values - logits.logsumexp(-1, keepdim=True)))
-        return torch.cat([i for i, _ in tops]), torch.cat([v for _, v in tops])
+            return likeliest(self.config, self.teacher.model, batch.to(self.env.device))
 
     def settle(self) -> None:
         self.store.flush()

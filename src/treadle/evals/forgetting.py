@@ -44,6 +44,10 @@ class ForgettingScore(Step):
     def execute(self, workspace: Workspace) -> Mapping[str, Any]:
         rows = [self._row(stage, workspace) for stage in self.stages]
         score = forgetting(rows)
+        workspace.progress.say(
+            f"{self.name}: accuracy {score.accuracy:.0%} over all tasks, forgotten "
+            f"{score.forgetting:.0%}, backward transfer {score.backward_transfer:+.0%}"
+        )
         return {
             "kind": "forgetting",
             "tasks": [stage.task for stage in self.stages],

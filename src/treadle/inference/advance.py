@@ -99,6 +99,8 @@ class Frame:
 class Advance:
     """Runs batches in which every sequence has one new token behind others.
 
+    Takes all pages at once: what is compiled knows their number, what is recorded their addresses.
+
     Raises:
         ConfigError: the model's rotation depends on the longest text of the batch.
     """
@@ -114,6 +116,7 @@ class Advance:
         self.model, self.memory, self.autocast, self.prepare = model, memory, autocast, prepare
         self.attention = memory.attention or TorchPages()
         self.attention.check(memory.store)
+        memory.store.reserve(memory.store.pages - 1)
         self.frames: dict[tuple[int, int], Frame] = {}
         self.addresses: tuple[int, ...] = ()
         self.doubt = True
@@ -127,7 +130,6 @@ class Advance:
     def __call__(self, batch: Batch) -> Float[Tensor, "N V"]:
         memory, count = self.memory, len(batch.starts)
         memory.announce(batch, [], list(range(count)))
-        self._settle()
         if self.doubt:
             self._look_again()
         pages = max(start // memory.page + 1 for start in batch.starts)
@@ -154,13 +156,6 @@ class Advance:
         if (rows, width) not in self.frames:
             self.frames[rows, width] = Frame(rows, width, self.memory.device)
         return self.frames[rows, width]
-
-    def _settle(self) -> None:
-        """Take the memory for what was announced. Compilers must not count on its size."""
-        self.memory.store.settle()
-        for planes in self.memory.store.planes.values():
-            for plane in planes:
-                torch._dynamo.maybe_mark_dynamic(plane, 0)
 
     def _look_again(self) -> None:
         planes = (p for planes in self.memory.store.planes.values() for p in planes)

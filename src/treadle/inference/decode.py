@@ -11,7 +11,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 
 from treadle.core.cards import Card
 from treadle.core.config import Config
@@ -80,6 +79,8 @@ class Compiled(Recordable):
         Raises:
             TreadleError: when run for the first time, where the model cannot be compiled whole.
         """
+        from torch._dynamo.exc import TorchDynamoException  # a second's import
+
         # Isolated: each shape is compiled anew, and none counts towards the limit on another's.
         fast: Forward = torch.compile(  # type: ignore[call-overload]
             forward, fullgraph=True, dynamic=False, isolate_recompiles=True
@@ -129,8 +130,7 @@ def recorded(
     recorder: Recorder,
     over: Recordable,
 ) -> Advance:
-    """Takes all pages at once: what is recorded knows them by their addresses."""
-    memory.store.reserve(memory.store.pages - 1)
+    """Passes that `recorder` plays back, of what `over` makes of them."""
     return Advance(
         model, memory, autocast, lambda f, inputs: recorder.record(over.prepare(f, inputs))
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from treadle.core.errors import TreadleError
 from treadle.inference.penalties import adjust, forbid
-from treadle.inference.sampling import sample
+from treadle.inference.sampling import Peaks, sample
 from treadle.inference.sequence import Active
 
 
@@ -19,6 +19,7 @@ def draw(
     logits: Float[Tensor, "N V"],
     stops: Collection[int],
     context: int,
+    peaks: Peaks,
 ) -> list[int]:
     """Tokens for sequences whose logits begin at `rows`; more where a guess was right.
 
@@ -28,7 +29,7 @@ def draw(
     while drawn:
         rows = [row for _, row in drawn]
         every = rows == list(range(len(logits)))
-        _sample([s for s, _ in drawn], logits if every else logits[rows], stops, context)
+        _sample([s for s, _ in drawn], logits if every else logits[rows], stops, context, peaks)
         right = []
         for sequence, _ in drawn:
             behind = None
@@ -43,7 +44,11 @@ def draw(
 
 
 def _sample(
-    sequences: list[Active], logits: Float[Tensor, "B V"], stops: Collection[int], context: int
+    sequences: list[Active],
+    logits: Float[Tensor, "B V"],
+    stops: Collection[int],
+    context: int,
+    peaks: Peaks,
 ) -> None:
     """One token for each row; the logits are changed on the way."""
     for row, sequence in zip(logits, sequences, strict=True):
@@ -63,6 +68,7 @@ def _sample(
         [s.request.sampling for s in sequences],
         streams=[s.index for s in sequences],
         steps=[len(s.tokens) for s in sequences],
+        peaks=peaks,
     )
     tokens, logprobs = found.tokens.tolist(), found.logprobs.tolist()
     for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True):

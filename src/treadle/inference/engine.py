@@ -237,7 +237,8 @@ class Engine:
                 members = [sequence, *self.scheduler.part(sequence)]
                 drawing += members
                 rows += [end - 1 - len(sequence.guesses.trunk)] * len(members)
-        rows = draw(drawing, rows, logits, self.tokenizer.stop_ids, self.runner.context)
+        stops, peaks = self.tokenizer.stop_ids, self.runner.peaks
+        rows = draw(drawing, rows, logits, stops, self.runner.context, peaks)
         if self.guesser is not None:
             self.guesser.saw(drawing, rows)
         for guesses in (sequence.guesses for sequence, _ in plan if sequence.guesses.paths):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from treadle.core.cards import Card
@@ -184,6 +184,23 @@ class NativeRunner(Runner):
         self._pass(batch, self.cache, logits=logits)
         return logits[:, : self.vocab]
 
+    def peaks(self, logits: Float[Tensor, "N V"]) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:
+        if logits.dtype != torch.float32 or logits.shape[1] != self.vocab or logits.stride(1) != 1:
+            return super().peaks(logits)
+        tokens = torch.empty(len(logits), dtype=torch.int32)
+        normalisers = torch.empty(len(logits))
+        self._done(
+            self._library.treadle_peaks(
+                self._handle,
+                logits.data_ptr(),
+                len(logits),
+                logits.stride(0),
+                tokens.data_ptr(),
+                normalisers.data_ptr(),
+            )
+        )
+        return tokens.long(), normalisers
+
     def hidden(self, tokens: list[int]) -> Float[Tensor, "N D"]:
         """The last layer's normed rows of a text, read by itself, without touching the pages.
 
@@ -215,10 +232,14 @@ class NativeRunner(Runner):
         results = [None if t is None else t.data_ptr() for t in (logits, hidden)]
         pointers = [*(array.ctypes.data for array in arrays), cache.data_ptr(), *results]
         stride = 0 if logits is None else logits.shape[1]
-        done = self._library.treadle_run(self._handle, Pass(len(batch.counts), *pointers, stride))
-        if done == 2:
+        self._done(
+            self._library.treadle_run(self._handle, Pass(len(batch.counts), *pointers, stride))
+        )
+
+    def _done(self, result: int) -> None:
+        if result == 2:
             raise TreadleError("a native runner does not outlive a fork; make one in the child")
-        if done:
+        if result:
             raise TreadleError("no memory for this pass; read prompts in smaller pieces")
 
     def _check(self, batch: Batch, pages: int | None = None) -> None:
@@ -238,7 +259,7 @@ class NativeRunner(Runner):
                 )
             if len(table) * self.page < start + count:
                 raise TreadleError(f"{len(table)} pages for {start + count} tokens")
-            if not all(0 <= number < pages for number in table):
+            if min(table) < 0 or max(table) >= pages:
                 raise TreadleError(f"a page outside 0 .. {pages - 1}")
 
     def copy(self, source: int, target: int) -> None:

@@ -13,7 +13,7 @@ from treadle.core.errors import TreadleError
 from treadle.core.files import StrPath, sha256
 from treadle.inference.prefix_folder import fingerprint
 from treadle.kernels.blocks import block_format, dequantise, quantise
-from treadle.kernels.native.matrix import FORMATS, Arena, NativeMatrix
+from treadle.kernels.native.matrix import FORMATS, Arena, NativeMatrix, runnable
 from treadle.models.decoder import Decoder, DecoderModel
 from treadle.models.families import family_of_gguf
 from treadle.models.hub.fill import applicable, check, expected_shapes
@@ -162,14 +162,3 @@ class StoredFile(NativeWeights):
 
     def _stored(self, name: str) -> str:
         return self.file.tensors[self._rules[name].theirs[0]].format
-
-
-def runnable(format: str) -> str:
-    """`format`, if the native path runs it.
-
-    Raises:
-        TreadleError: it does not.
-    """
-    if format not in FORMATS:
-        raise TreadleError(f"format {format}: the native path has {', '.join(FORMATS)}")
-    return format

@@ -42,11 +42,6 @@ class Pages(ABC):
         if page >= self.used:
             self.used = min(self.pages, max(page + 1, 2 * self.used))
 
-    def settle(self) -> None:
-        """Take the memory for all that is reserved, now."""
-        for layer, planes in list(self.planes.items()):
-            self._fit(layer, planes)
-
     def write(
         self,
         layer: int,

@@ -9,10 +9,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from treadle.inference.adapters import Adapters
+from treadle.inference.sampling import peaks
 
 Name = tuple[int, int]
 """Of a sequence: its request's number, and which of the request's n it is."""
@@ -64,6 +65,10 @@ class Runner(ABC):
     @abstractmethod
     def run(self, batch: Batch) -> Float[Tensor, "N V"]:
         """Store the new tokens' keys and values; float32 logits of the wanted tokens, in order."""
+
+    def peaks(self, logits: Float[Tensor, "N V"]) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:
+        """Of each row the likeliest token, and log sum exp: what every draw needs."""
+        return peaks(logits)
 
     def fork(self, name: Name, other: Name) -> None:
         """`other` goes on from what `name` holds."""

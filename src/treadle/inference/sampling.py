@@ -14,7 +14,7 @@ else is in the batch. One uniform number picks a token through the cumulative di
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -140,17 +140,27 @@ def typical(logits: Float[Tensor, "B V"], mass: Float[Tensor, " B"]) -> Float[Te
     return logits.masked_fill(out.scatter(-1, order, out), float("-inf"))
 
 
+Peaks = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def peaks(logits: Float[Tensor, "B V"]) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
+    """Of each row the likeliest token, the first where several are, and log sum exp."""
+    return logits.argmax(-1), logits.logsumexp(-1)
+
+
 def sample(
     logits: Float[Tensor, "B V"],
     samplings: Sequence[Sampling],
     *,
     streams: Sequence[int],
     steps: Sequence[int],
+    peaks: Peaks = peaks,
 ) -> Draw:
     """Draw a token for each row.
 
     A row's random number depends on its sampling's seed, its stream (which of the n completions
-    of a request it is) and its step (how many tokens it has drawn).
+    of a request it is) and its step (how many tokens it has drawn). `peaks` does what the function
+    of that name does.
     """
     device, vocab = logits.device, logits.shape[-1]
     logits = logits.float()
@@ -160,10 +170,11 @@ def sample(
 
     temperature = column([s.temperature for s in samplings])
     greedy = temperature == 0
-    if bool((temperature != 1).any()):
-        logits = logits / torch.where(greedy, 1.0, temperature)[:, None]
-    normaliser = logits.logsumexp(-1, keepdim=True)
-    tokens = logits.argmax(-1)
+    divisor = torch.where(greedy, 1.0, temperature)
+    if bool((divisor != 1).any()):
+        logits = logits / divisor[:, None]
+    tokens, normalisers = peaks(logits)
+    normaliser = normalisers[:, None]
     if not bool(greedy.all()):
         kept = logits
         if any(s.truncates for s in samplings):

@@ -24,13 +24,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from treadle.planning.heap import Requests
+
 
 class Ledger(TorchDispatchMode):
-    """Bytes alive now and at the highest, and floating-point operations so far."""
+    """Bytes alive now and at the highest, floating-point operations so far, and every request for
+    memory."""
 
     def __init__(self) -> None:
         super().__init__()
         self.alive = self.peak = self.flops = 0
+        self.requests = Requests()
         self._booked: set[int] = set()
 
     def __torch_dispatch__(
@@ -71,11 +75,14 @@ class Ledger(TorchDispatchMode):
         size = storage.nbytes()
         self.alive += size
         self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._strike, key, size)
+        number = self.requests.ask(size) if size else 0
+        weakref.finalize(storage, self._strike, key, size, number)
 
-    def _strike(self, key: int, size: int) -> None:
+    def _strike(self, key: int, size: int, number: int) -> None:
         self._booked.discard(key)
         self.alive -= size
+        if number:
+            self.requests.give_back(number)
 
 
 def _is_fake(tensor: Tensor) -> bool:

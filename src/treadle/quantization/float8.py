@@ -70,14 +70,15 @@ class Float8Weight(PackedWeight):
     def __init__(self, weight: Float[Tensor, "out in"]) -> None:
         super().__init__(weight)
         rounded = round_rows(weight)
-        self.register_buffer("codes", rounded.codes)
+        # As bytes: a model that is cast would cast fp8 numbers too.
+        self.register_buffer("codes", rounded.codes.view(torch.uint8))
         self.register_buffer("scales", rounded.scales)
 
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
-        return (self.codes.float() * self.scales).to(dtype)
+        return (self.codes.view(FORMAT).float() * self.scales).to(dtype)
 
     def rows(self, ids: Int[Tensor, " N"], dtype: torch.dtype) -> Float[Tensor, "N in"]:
-        return (self.codes[ids].float() * self.scales[ids]).to(dtype)
+        return (self.codes[ids].view(FORMAT).float() * self.scales[ids]).to(dtype)
 
 
 class DynamicFloat8(Kernel):
@@ -106,8 +107,8 @@ class DynamicFloat8(Kernel):
         rows, row = round_rows(x), ScalingType.RowWise
         # By rows cuBLAS gives bf16 alone.
         y: Tensor = F.scaled_mm(
-            *(rows.codes, weight.codes.T),
-            *(rows.scales, row, weight.scales.T, row),
+            *(rows.codes, weight.codes.view(FORMAT).T),
+            *(rows.scales, row, weight.scales.float().T, row),
             output_dtype=torch.bfloat16,
         )
         return y.to(x.dtype)

@@ -13,6 +13,7 @@ from treadle.objectives.ewc import EWC
 from treadle.recipes.families import QUICKSTART
 from treadle.recipes.quickstart import lessons, measured, sft
 from treadle.reports.report import Report
+from treadle.reports.side_by_side import SideBySide
 from treadle.train.fisher import Fisher, Remembered
 from treadle.train.fit import Fit
 from treadle.train.run import Run, Trained
@@ -55,4 +56,4 @@ def continual() -> Pipeline:
         )
     )
     start = (first, measured("first", done), fisher)
-    return Pipeline(name="continual", steps=(*start, *after, Report()))
+    return Pipeline(name="continual", steps=(*start, *after, SideBySide(), Report()))

@@ -8,6 +8,7 @@ from treadle.models.source import Pretrained
 from treadle.recipes.families import QUICKSTART
 from treadle.recipes.quickstart import lessons, measured, sft
 from treadle.reports.report import Report
+from treadle.reports.side_by_side import SideBySide
 from treadle.train.fit import Fit
 from treadle.train.run import Trained
 
@@ -24,4 +25,4 @@ def curriculum() -> Pipeline:
         for run in (shuffled, paced)
         for step in (run, measured(run.name, Trained(step=run.name)))
     )
-    return Pipeline(name="curriculum", steps=(*steps, Report()))
+    return Pipeline(name="curriculum", steps=(*steps, SideBySide(), Report()))

@@ -22,7 +22,7 @@ from treadle.reports import numbers, plots
 from treadle.reports.curves import FIRST
 from treadle.reports.document import document
 from treadle.reports.folder import read_run
-from treadle.reports.words import STATES
+from treadle.reports.words import LESS_IS_BETTER, STATES
 
 CARD = Card(
     id="plan.report",
@@ -44,7 +44,6 @@ TITLES = {
     "completion_tokens": "Completion length",
     "overall": "All tasks",
 }
-LESS_IS_BETTER = ("perplexity", "bits/byte")
 
 
 class Report(Summary):

@@ -9,6 +9,8 @@ from treadle.core.results import Figure
 from treadle.reports import numbers
 from treadle.reports.stages import Comparison, Stage, headline, path_of
 
+LESS_IS_BETTER = ("perplexity", "bits/byte")
+"""Units."""
 STATES = {
     "interrupted": "was interrupted",
     "begun": "has begun and is not done",
@@ -26,6 +28,8 @@ def sentences(
     reasoning: Sequence[Mapping[str, Any]],
 ) -> list[str]:
     """What came of the run, what it cost, and what is not there yet."""
+    if any(s["kind"] == "SideBySide" for s in steps):
+        return [*order(stages), *_cost(steps), *_missing(steps)]
     path = path_of(stages)
     finished = all(s["state"] == "done" for s in steps)
     said = _accuracy(path, comparison, "The final model" if finished else "The last model so far")
@@ -35,6 +39,29 @@ def sentences(
     if not said:
         said = _losses(training) or [f"Nothing of {name} has been measured yet."]
     return [*said, *_cost(steps), *_missing(steps)]
+
+
+def order(stages: Sequence[Stage]) -> list[str]:
+    """Ways that were tried beside each other, the best first, by each result that all have."""
+    said = []
+    for name in dict.fromkeys(n for s in stages for n in s.results):
+        figures = {s.subject: s.results[name] for s in stages if name in s.results}
+        if len(figures) < len(stages) or len(figures) < 2:
+            continue
+        less = next(iter(figures.values()))["unit"] in LESS_IS_BETTER
+        ranked = sorted(figures, key=lambda subject: figures[subject]["value"], reverse=not less)
+        listed = ", ".join(f"{subject} {numbers.figure(figures[subject])}" for subject in ranked)
+        best, second = (figures[subject] for subject in ranked[:2])
+        clear = "" if _apart(best, second) else "; the first two may differ by chance"
+        said.append(f"By {name}, best first: {listed}{clear}.")
+    return said
+
+
+def _apart(one: Figure, other: Figure) -> bool:
+    ends = (one["low"], one["high"], other["low"], other["high"])
+    if any(end is None for end in ends):
+        return True
+    return bool(one["low"] > other["high"] or other["low"] > one["high"])  # type: ignore[operator]
 
 
 def _accuracy(path: Sequence[Stage], comparison: Comparison | None, who: str) -> list[str]:

@@ -132,6 +132,7 @@ class Pool:
         """
         for worker in self._ending:
             await asyncio.to_thread(worker.join)
+        self._ending = []
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:

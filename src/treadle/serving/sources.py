@@ -69,13 +69,28 @@ def chosen(
     given: Sequence[Passage], question: str, size: Callable[[str], int], room: int
 ) -> list[Passage]:
     """The passages that score best and fit together, in their order, numbered anew."""
-    scores, kept = _scores(given, question), []
-    for place in sorted(range(len(given)), key=lambda i: -scores[i]):
+    score, kept = scores(given, question), []
+    for place in sorted(range(len(given)), key=lambda i: -score[i]):
         room -= size(given[place].text)
         if room < 0:
             break
         kept.append(place)
     return [Passage(i, given[k].title, given[k].text) for i, k in enumerate(sorted(kept), 1)]
+
+
+def scores(given: Sequence[Passage], question: str) -> list[float]:
+    """How well each passage, its title included, fits the question."""
+    counts = [Counter(_words(f"{p.title} {p.text}")) for p in given]
+    lengths = [max(1, count.total()) for count in counts]
+    mean = sum(lengths) / max(1, len(lengths))
+    found = [0.0] * len(given)
+    for word in set(_words(question)):
+        having = sum(word in count for count in counts)
+        rare = math.log(1 + (len(given) - having + 0.5) / (having + 0.5))
+        for place, (count, length) in enumerate(zip(counts, lengths, strict=True)):
+            often = count[word]
+            found[place] += rare * often * 2.5 / (often + 1.5 * (0.25 + 0.75 * length / mean))
+    return found
 
 
 def shown(given: Sequence[Passage]) -> str:
@@ -124,20 +139,6 @@ def _pieces(paragraph: str) -> list[str]:
         return [paragraph]
     sentences = re.split(r"(?<=[.!?])\s+", paragraph)
     return [s[i : i + LONGEST] for s in sentences for i in range(0, len(s), LONGEST)]
-
-
-def _scores(given: Sequence[Passage], question: str) -> list[float]:
-    counts = [Counter(_words(f"{p.title} {p.text}")) for p in given]
-    lengths = [max(1, count.total()) for count in counts]
-    mean = sum(lengths) / max(1, len(lengths))
-    scores = [0.0] * len(given)
-    for word in set(_words(question)):
-        having = sum(word in count for count in counts)
-        rare = math.log(1 + (len(given) - having + 0.5) / (having + 0.5))
-        for place, (count, length) in enumerate(zip(counts, lengths, strict=True)):
-            often = count[word]
-            scores[place] += rare * often * 2.5 / (often + 1.5 * (0.25 + 0.75 * length / mean))
-    return scores
 
 
 def _words(text: str) -> list[str]:

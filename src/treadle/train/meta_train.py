@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -32,6 +33,9 @@ from treadle.train.meta import Episode, MetaMethod, Reptile, Weights
 from treadle.train.precision import Auto, Precision
 from treadle.train.rng import seed_everything
 from treadle.train.run import WEIGHTS, load_trained, save_trained, transformed
+
+DIVERGED = 1.5
+"""Losses of a blind guess from which the inner steps lead astray: fresh models begin at about 1."""
 
 
 class MetaTrain(Step):
@@ -87,14 +91,14 @@ class MetaTrain(Step):
 
         Raises:
             ConfigError: nothing trains, or a task has too few conversations.
-            TreadleError: the loss is no number any more.
+            TreadleError: the loss is no number any more, or worse than a blind guess.
         """
         named = [(n, p) for n, p in env.model.named_parameters() if p.requires_grad]
         if not named:
             raise ConfigError("MetaTrain: nothing trains; add a transform such as LoRA")
         optimizer = self.optimizer.build(named)
         random = np.random.default_rng(self.seed)
-        loss = LossOf(env)
+        loss, blind = LossOf(env), math.log(env.model.config.vocab)
         losses: list[float] = []
         with progress.task(self.name, self.steps) as task:
             for step in range(self.steps):
@@ -104,6 +108,12 @@ class MetaTrain(Step):
                 if not np.isfinite(found.query_loss):
                     raise TreadleError(
                         f"MetaTrain: the loss of step {step} is {found.query_loss}; lower inner_lr"
+                    )
+                if found.query_loss > DIVERGED * blind:
+                    raise TreadleError(
+                        f"MetaTrain: after the inner steps of step {step} the loss is "
+                        f"{found.query_loss:.1f}, and a blind guess has {blind:.1f}: they "
+                        "diverge; lower inner_lr"
                     )
                 for name, parameter in named:
                     parameter.grad = found.gradients[name]

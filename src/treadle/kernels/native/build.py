@@ -87,6 +87,7 @@ def library(level: Level) -> ctypes.CDLL:
         ("decoder", decoder, [POINTER(Shape), c_int, *[c_void_p] * 5]),
         ("free_decoder", None, [decoder]),
         ("run", c_int, [decoder, POINTER(Pass)]),
+        ("peaks", c_int, [decoder, c_void_p, c_int, c_size_t, c_void_p, c_void_p]),
     ):
         function = getattr(loaded, f"treadle_{name}")
         function.restype, function.argtypes = result, arguments

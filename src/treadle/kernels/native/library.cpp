@@ -77,4 +77,12 @@ int treadle_run(Decoder* decoder, const Pass* pass) try {
 } catch (const std::bad_alloc&) {
   return 1;
 }
+
+// Of each row of logits the likeliest token, and log sum exp.
+int treadle_peaks(Decoder* decoder, const float* logits, int rows, size_t stride, int32_t* tokens,
+                  float* normalisers) {
+  if (!decoder->alive()) return 2;
+  decoder->peaks(logits, rows, stride, tokens, normalisers);
+  return 0;
+}
 }

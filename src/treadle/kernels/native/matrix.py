@@ -101,12 +101,21 @@ def packed_bytes(rows: int, columns: int, format: str) -> int:
     return int(compiled.treadle_matrix_bytes(_number(format), rows, columns))
 
 
-def _number(format: str) -> int:
+def runnable(format: str) -> str:
+    """`format`, if there are native products of it.
+
+    Raises:
+        TreadleError: there are none.
+    """
     if format not in FORMATS:
         raise TreadleError(
             f"the native path has no products of {format}; choose {', '.join(FORMATS)}"
         )
-    return FORMATS.index(format)
+    return format
+
+
+def _number(format: str) -> int:
+    return FORMATS.index(runnable(format))
 
 
 def round_groups(x: Float[Tensor, "N in"]) -> Float[Tensor, "N in"]:

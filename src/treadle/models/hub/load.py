@@ -231,7 +231,7 @@ def _part(gguf: GGUFFile, rule: Rule, index: int, cut: Cut) -> Tensor:
     """
     first, *_ = infos = [gguf.tensors[name] for name in rule.theirs]
     start, stop = cut.own.start, cut.own.stop
-    if len(first.shape) < 2 or len({info.format for info in infos}) > 1:
+    if len(first.shape) != 2 or len({info.format for info in infos}) > 1:
         numbers = rule.map.read(tuple(gguf.read(name) for name in rule.theirs))[index]
         return numbers.narrow(cut.dim, start, stop - start)
     raw = rule.map.read(tuple(gguf.raw(name) for name in rule.theirs))[index]
