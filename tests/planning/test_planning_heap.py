@@ -78,13 +78,6 @@ def test_what_fits_a_hole_takes_no_more() -> None:
 
 
 @glibc
-def test_a_hole_of_the_same_size_does_not_fit() -> None:
-    """An aligned block asks for more than it gets: it does not take the place of its like."""
-    found = requests(*[64 * KB] * 800, *[-number for number in range(1, 801, 2)], *[64 * KB] * 400)
-    assert held(found) == pytest.approx(64 * KB * 1200, rel=0.02)
-
-
-@glibc
 @pytest.mark.parametrize("seed", [0, 1])
 def test_as_much_as_a_process_that_writes_into_its_memory(seed: int) -> None:
     found = mixed(seed)

@@ -47,5 +47,5 @@ def test_only_a_run_that_lays_side_by_side_says_the_order() -> None:
         {"name": "t", "kind": kind, "state": "done", "seconds": None}
         for kind in ("Run", "SideBySide")
     ]
-    assert "best first" in " ".join(sentences("x", STAGES, None, steps, []))
-    assert "best first" not in " ".join(sentences("x", STAGES, None, steps[:1], []))
+    assert "best first" in " ".join(sentences("x", STAGES, None, steps, [], []))
+    assert "best first" not in " ".join(sentences("x", STAGES, None, steps[:1], [], []))
