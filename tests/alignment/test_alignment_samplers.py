@@ -129,3 +129,10 @@ def test_samplers_refuse_what_they_cannot_sample(tmp_path: Path) -> None:
         opened(MergedAdapters(), llama(), tmp_path)
     with pytest.raises(TreadleError, match="run on processors, but the model trains on cuda"):
         opened(NativeKernels(), llama(), tmp_path, device="cuda")
+
+
+def test_adapters_that_are_stored_in_bfloat16_are_folded_in() -> None:
+    """A model that is only sampled from has all its weights in the compute dtype."""
+    whole, half = merge(with_adapters(llama())), merge(with_adapters(llama()).bfloat16())
+    for a, b in zip(half.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(a.float(), b, rtol=2e-2, atol=2e-2)

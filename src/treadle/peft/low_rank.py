@@ -145,7 +145,9 @@ class LowRankLinear(LinearAdapter):
 
     def changed_weight(self) -> Float[Tensor, "out in"]:
         """W + s B A in fp32."""
-        return torch.addmm(weight_of(self.base).float(), self.B, self.A, alpha=self.scale)
+        return torch.addmm(
+            weight_of(self.base).float(), self.B.float(), self.A.float(), alpha=self.scale
+        )
 
     def adapted_bias(self) -> Float[Tensor, " out"] | None:
         return bias_of(self.base)
