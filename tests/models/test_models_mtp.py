@@ -180,3 +180,10 @@ def test_what_cannot_have_heads_is_named() -> None:
         MTP()(nn.Linear(2, 2))
     with pytest.raises(ConfigError, match="has heads ahead already"):
         MTP()(MTP()(TINY.build()))
+
+
+def test_blocks_are_like_the_last_one() -> None:
+    ffns = [MLP(hidden=width) for width in (40, 48, 56)]
+    blocks = tuple(TINY.blocks[0].replace(ffn=ffn) for ffn in ffns)
+    model = MTP(heads=1, head=ParallelBlock())(TINY.replace(blocks=blocks).build())
+    assert heads_in(model).layers[0].block.ffn.up.weight.shape == (56, 32)
