@@ -79,14 +79,18 @@ def test_what_fits_a_hole_takes_no_more() -> None:
 
 @glibc
 @pytest.mark.parametrize("seed", [0, 1])
-def test_as_much_as_a_process_that_writes_into_its_memory(seed: int) -> None:
+def test_as_much_as_processes_that_write_into_their_memory(seed: int) -> None:
+    """Where a heap begins is drawn: the same requests took 459 to 644 MB in six processes."""
     found = mixed(seed)
-    done = subprocess.run(
-        [sys.executable, "-c", PROCESS],
-        input=json.dumps(list(found.entries)),
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    # A process that has worked before has holes of its own, which the rehearsal's does not know.
-    assert held(found) == pytest.approx(int(done.stdout), rel=0.15)
+    taken = []
+    for _ in range(4):
+        done = subprocess.run(
+            [sys.executable, "-c", PROCESS],
+            input=json.dumps(list(found.entries)),
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        taken.append(int(done.stdout))
+    assert 0.9 * min(taken) < held(found) < 1.1 * max(taken)
+    assert held(found) > 1.05 * alive(found.entries)
