@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
-from tiny_generation import END, byte_tokenizer, tiny_model
+from low_problems import Low, model_that_ends, said
+from tiny_generation import END, byte_tokenizer
 
 from treadle.alignment.accepted import Accepted, Agreeing, Hint, with_hint
 from treadle.alignment.rollouts import Rollouts
 from treadle.core.errors import TreadleError
 from treadle.data.problems import Problems
-from treadle.data.records import Problem, user
 from treadle.data.source import Env
-from treadle.inference.request import Completion
 from treadle.inference.sampling import Sampling
 from treadle.models.decoder import DecoderModel
 from treadle.objectives.causal import CausalLM
@@ -29,33 +26,9 @@ from treadle.train.precision import FP32
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:"
 
 
-class Low(Problems):
-    """Right is a text of at least one sign whose first is below a bound."""
-
-    bound: int = 128
-    told: bool = False
-    """Only a question that tells the answer can be answered."""
-
-    def problem(self, index: int) -> Problem:
-        return Problem((user(f"q{index}"),), "low", "low")
-
-    def score(self, problem: Problem, completion: str) -> float:
-        if self.told and "low" not in problem.prompt[-1].content:
-            return 0.0
-        return float(bool(completion) and ord(completion[0]) < self.bound)
-
-
 def env(model: DecoderModel, folder: Path) -> Env:
     tokenizer = byte_tokenizer().with_template(TEMPLATE)
     return Env(model=model, tokenizer=tokenizer, scratch=folder)
-
-
-def model_that_ends() -> DecoderModel:
-    """Its texts end, as a rule within a dozen tokens."""
-    model = tiny_model()
-    with torch.no_grad():
-        model.embedding.weight[END] *= 2.0
-    return model
 
 
 def source(problems: Problems, **changes) -> Accepted:
@@ -98,11 +71,6 @@ def test_only_accepted_samples_are_trained(tmp_path: Path) -> None:
             assert batch.weights.sum() == len(batch.targets)
     assert max(seen.values()) == 2
     assert all(prompt.startswith("u:q") for prompt in seen)
-
-
-def said(texts: Sequence[str]) -> list[Completion]:
-    encode = byte_tokenizer().encode
-    return [Completion(tuple(encode(t)), t, (-0.5,) * len(t), "stop") for t in texts]
 
 
 def test_the_majority_is_learned(tmp_path: Path) -> None:

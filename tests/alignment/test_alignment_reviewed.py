@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 import torch
-from alignment.test_alignment_accepted import Low, model_that_ends, said
+from low_problems import Low, model_that_ends, said
 from tiny_generation import END, byte_tokenizer
 
 from treadle.alignment.reasoning_gym import Family, ReasoningGym
