@@ -238,7 +238,7 @@ def test_a_seat_that_never_spoke_moves_nothing() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=False, reason="not shown: 40 steps went from 0.45 to 0.37 of a half")
+@pytest.mark.xfail(strict=True, reason="not shown: 40 steps went from 0.45 to 0.37 of a half")
 def test_self_play_pays(tmp_path: Path) -> None:
     """Mean payoff of the two seats, which is at most a half where both value one kind of thing."""
     env = schooled(tmp_path, 120)

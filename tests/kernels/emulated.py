@@ -1,6 +1,6 @@
 """The native library of another processor, compiled here and run by an emulator.
 
-`Emulated` answers to the functions of `treadle.kernels.native.build.library`, so that the tests
+`Emulated` answers to the functions of the compiled kernels (`build.py`), so that the tests
 of the native kernels run on it as they are. Handles are numbers from 1 on.
 """
 
