@@ -127,8 +127,9 @@ class RowsLinear(nn.Linear):
     """Outputs `own` of a layer."""
 
     def __init__(self, whole: nn.Linear, own: slice) -> None:
-        super().__init__(whole.in_features, own.stop - own.start, bias=False, device="meta")
-        self.own = own
+        # Not by Linear's own: it draws weights, for which torch imports its compiler (150 MB).
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.own = whole.in_features, own.stop - own.start, own
         self.weight = _own(whole.weight[own])
         self.bias = None if whole.bias is None else _own(whole.bias[own])
 
@@ -152,8 +153,9 @@ class ShardedEmbedding(nn.Embedding):
     """Rows `own` of a table; those of other processes come by a sum."""
 
     def __init__(self, whole: nn.Embedding, own: slice) -> None:
-        super().__init__(own.stop - own.start, whole.embedding_dim, device="meta")
-        self.weight, self.own = _own(whole.weight[own]), own
+        rows = _own(whole.weight[own])  # given, so that none are drawn
+        super().__init__(len(rows), whole.embedding_dim, _weight=rows, _freeze=True)
+        self.own = own
 
     def forward(self, input: Int[Tensor, " N"]) -> Float[Tensor, "N D"]:
         local = input - self.own.start
