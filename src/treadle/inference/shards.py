@@ -120,6 +120,8 @@ def _plain(linear: nn.Module, name: str) -> nn.Linear:
 
 def _own(tensor: Tensor) -> nn.Parameter:
     """A copy, lest the part keep the whole in memory."""
+    if tensor.is_meta:  # to clone a part of such imports sympy
+        return nn.Parameter(tensor.new_empty(tensor.shape), requires_grad=False)
     return nn.Parameter(tensor.detach().clone(), requires_grad=False)
 
 

@@ -130,7 +130,8 @@ def fill(
             ours = tuple(part(rule, i, cuts[name]) for i, name in enumerate(rule.ours))
         for name, tensor in zip(rule.ours, ours, strict=True):
             # A part of a tensor is copied, lest it keep the whole in memory.
-            copy = len(ours) > 1 or name in cuts
+            part_of_more = tensor.untyped_storage().nbytes() > tensor.nbytes
+            copy = part_of_more and (len(ours) > 1 or name in cuts)
             own = tensor.to(device, dtype or tensor.dtype, copy=copy).contiguous()
             parameter = nn.Parameter(own)
             for module, leaf in places[name]:
