@@ -22,6 +22,7 @@ from treadle.core.errors import FileFormatError, TreadleError
 from treadle.core.files import atomic_file, write_json
 from treadle.core.pipeline import Reads, Step, Workspace, read_manifest
 from treadle.data.source import Env, Source
+from treadle.kernels.heap import keep_tensors_apart, release_tensors
 from treadle.models.decoder import DecoderModel
 from treadle.models.source import ModelSource, Opened, weight_bytes
 from treadle.models.transform import Transform
@@ -61,6 +62,8 @@ class Run(Training):
 
     def execute(self, workspace: Workspace) -> Mapping[str, Any]:
         folder = workspace.folder
+        if shared := keep_tensors_apart():
+            workspace.progress.say(f"memory: {shared}")
         seed_everything(self.seed)  # fresh weights and adapters: the same on every rank
         opened = self.model.open(workspace)
         model = transformed(opened.model, self.transforms)
@@ -91,6 +94,7 @@ class Run(Training):
             ]
         stream = self.source.open(env)
         precision.prepare(model.to(world.device))  # so that the prints are in the final dtypes
+        release_tensors()  # what loading took
         before = prints_of(model)
         result = fit(
             model,
