@@ -11,8 +11,9 @@ import pytest
 from pydantic import ValidationError
 
 from treadle.core.errors import TreadleError
+from treadle.core.execute import execute
 from treadle.core.meter import Meter
-from treadle.core.pipeline import Pipeline, Reads, Step, Workspace, execute, read_manifest
+from treadle.core.pipeline import Pipeline, Reads, Step, Workspace, read_manifest
 
 
 class From(Reads):
