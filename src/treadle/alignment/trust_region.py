@@ -20,11 +20,12 @@ from treadle.alignment.trpo import Bounds, Taken, trust_region_step
 from treadle.core.config import to_yaml
 from treadle.core.pipeline import Workspace
 from treadle.data.source import Env, Stream, Work
+from treadle.models.transform import transformed
 from treadle.tokenizers.load import tokenizer_of
 from treadle.train.checkpoint import CheckpointStore
 from treadle.train.hooks import JsonLines, RunInfo, ShowProgress, StepReport, WarnAbove
 from treadle.train.rng import RandomState, seed_everything
-from treadle.train.run import WEIGHTS, Training, save_trained, transformed
+from treadle.train.run import WEIGHTS, Training, save_trained
 from treadle.train.state import TrainState
 
 

@@ -47,8 +47,8 @@ def execute(pipeline: Pipeline, root: Path, progress: Progress | None = None) ->
     Of the processes that torchrun starts, the first does this; the others join its parallel steps.
 
     Raises:
-        TreadleError: from a step; what earlier steps wrote stays, and running again goes on. Or
-            another process runs in `root`.
+        TreadleError: a step could not run, told before the first one does. Or from a step; what
+            earlier steps wrote stays, and running again goes on. Or another process runs in `root`.
     """
     keys = step_keys(pipeline)
     if int(os.environ.get("RANK", "0")) > 0:
@@ -78,6 +78,9 @@ def _alone(root: Path) -> Iterator[None]:
 def _lead(pipeline: Pipeline, root: Path, keys: Mapping[str, str], progress: Progress) -> None:
     done = {s.name for s in pipeline.steps if finished(root / s.name, keys[s.name])}
     minutes = sum(s.minutes for s in pipeline.steps if s.name not in done)
+    for step in pipeline.steps:
+        if step.name not in done:
+            _check(step, Workspace(root, root / step.name, pipeline, progress))
     passed = 0.0
     read = inputs(pipeline)
     with progress.task(pipeline.name, minutes, expected=60 * minutes) as overall:
@@ -94,6 +97,13 @@ def _lead(pipeline: Pipeline, root: Path, keys: Mapping[str, str], progress: Pro
                 seconds = _run(step, workspace, key, {n: keys[n] for n in read[step.name]})
                 progress.say(f"{step.name}: done in {_duration(seconds)}")
                 passed += step.minutes
+
+
+def _check(step: Step, workspace: Workspace) -> None:
+    try:
+        step.check(workspace)
+    except TreadleError as error:
+        raise TreadleError(f"step `{step.name}` cannot run: {error}") from None
 
 
 def _follow(pipeline: Pipeline, root: Path, keys: Mapping[str, str]) -> None:

@@ -45,6 +45,14 @@ class Step(Config):
     def execute(self, workspace: Workspace) -> Mapping[str, Any]:
         """Do the work in `workspace.folder`; called again after an interruption to go on."""
 
+    def check(self, workspace: Workspace) -> None:
+        """Find mistakes before any step runs, at next to no cost; as a rule there is nothing to do.
+
+        Raises:
+            TreadleError: the step would fail.
+        """
+        return
+
     def reads(self) -> tuple[str, ...]:
         """Names of the steps that this one uses."""
         return tuple(dict.fromkeys(r.step for r in references(self)))

@@ -25,14 +25,14 @@ from treadle.data.source import Env
 from treadle.data.supervised import Supervised, piece_of
 from treadle.models.decoder import DecoderModel
 from treadle.models.source import ModelSource, Opened, weight_bytes
-from treadle.models.transform import Transform
+from treadle.models.transform import Transform, transformed
 from treadle.objectives.causal import CausalLM
 from treadle.optim.optimizer import Optimizer
 from treadle.tokenizers.load import tokenizer_of
 from treadle.train.meta import Episode, MetaMethod, Reptile, Weights
 from treadle.train.precision import Auto, Precision
 from treadle.train.rng import seed_everything
-from treadle.train.run import WEIGHTS, load_trained, save_trained, transformed
+from treadle.train.run import WEIGHTS, load_trained, save_trained
 
 DIVERGED = 1.5
 """Losses of a blind guess from which the inner steps lead astray: fresh models begin at about 1."""
