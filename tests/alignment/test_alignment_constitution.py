@@ -23,7 +23,8 @@ from treadle.alignment.iterate import PairsOf
 from treadle.alignment.judge import ByJudge
 from treadle.alignment.preferences import Preferences
 from treadle.core.errors import FileFormatError, TreadleError
-from treadle.core.pipeline import Pipeline, Workspace, execute, read_manifest
+from treadle.core.execute import execute
+from treadle.core.pipeline import Pipeline, Workspace, read_manifest
 from treadle.data.problems import Problems
 from treadle.data.records import Problem, user
 from treadle.inference.sampling import Sampling

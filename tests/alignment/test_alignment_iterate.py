@@ -14,7 +14,8 @@ from treadle.alignment.feedback import ByMarks, Comparison, Labeller, Verdict
 from treadle.alignment.iterate import Compare, PairsOf, WinRate, judged
 from treadle.alignment.preferences import PairFiles, Preferences
 from treadle.core.errors import TreadleError
-from treadle.core.pipeline import Pipeline, Workspace, execute, read_manifest
+from treadle.core.execute import execute
+from treadle.core.pipeline import Pipeline, Workspace, read_manifest
 from treadle.data.problems import Problems
 from treadle.data.records import Problem, user
 from treadle.data.split import LeakFreeSplit

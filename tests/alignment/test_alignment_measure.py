@@ -11,7 +11,8 @@ from tiny_generation import byte_tokenizer, tiny_model
 
 from treadle.alignment.measure import Judge, LikelihoodOf, MeasurePreferences, SumOfLikelihoods
 from treadle.alignment.preferences import PairFiles
-from treadle.core.pipeline import Pipeline, Workspace, execute, read_manifest
+from treadle.core.execute import execute
+from treadle.core.pipeline import Pipeline, Workspace, read_manifest
 from treadle.data.split import LeakFreeSplit
 from treadle.models.source import ModelSource, Opened
 from treadle.train.precision import FP32

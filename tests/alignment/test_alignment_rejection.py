@@ -17,7 +17,8 @@ from treadle.alignment.rejection import (
 )
 from treadle.alignment.rollouts import Rollouts
 from treadle.core.errors import TreadleError
-from treadle.core.pipeline import Pipeline, Workspace, execute, read_manifest
+from treadle.core.execute import execute
+from treadle.core.pipeline import Pipeline, Workspace, read_manifest
 from treadle.data.conversations import ConversationFiles
 from treadle.data.problems import Problems
 from treadle.data.records import Chat, Problem, assistant, user

@@ -20,7 +20,8 @@ from treadle.alignment.solutions import (
 )
 from treadle.alignment.worked_solutions import worked_solution
 from treadle.core.errors import FileFormatError, TreadleError
-from treadle.core.pipeline import Pipeline, Workspace, execute, read_manifest
+from treadle.core.execute import execute
+from treadle.core.pipeline import Pipeline, Workspace, read_manifest
 from treadle.data.problems import Problems
 from treadle.data.records import Problem, user
 from treadle.data.source import Env

@@ -26,7 +26,8 @@ from treadle.alignment.tools import (
     call_text,
 )
 from treadle.core.errors import TreadleError
-from treadle.core.pipeline import Pipeline, Workspace, execute, read_manifest
+from treadle.core.execute import execute
+from treadle.core.pipeline import Pipeline, Workspace, read_manifest
 from treadle.core.progress import Silent
 from treadle.data.problems import Problems
 from treadle.data.records import Messages, Problem, assistant, user

@@ -21,7 +21,8 @@ from treadle.alignment.trpo import (
 )
 from treadle.alignment.trust_region import TRPO
 from treadle.core.errors import TreadleError
-from treadle.core.pipeline import Pipeline, Workspace, execute
+from treadle.core.execute import execute
+from treadle.core.pipeline import Pipeline, Workspace
 from treadle.data.batch import Piece, assemble
 from treadle.data.problems import Problems
 from treadle.data.records import Problem, user

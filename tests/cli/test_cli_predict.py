@@ -11,7 +11,8 @@ from tiny_readers import WORDS, framed_tokenizer, tiny_encoder, write_rows
 from typer.testing import CliRunner, Result
 
 from treadle.cli.app import build
-from treadle.core.pipeline import Pipeline, execute
+from treadle.core.execute import execute
+from treadle.core.pipeline import Pipeline
 from treadle.core.progress import Silent
 from treadle.data.labelled import ClassTexts, RatedTexts, TaggedTexts, TaskFiles
 from treadle.data.matches import Matches

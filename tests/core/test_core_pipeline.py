@@ -11,8 +11,9 @@ import pytest
 from pydantic import ValidationError
 
 from treadle.core.errors import TreadleError
+from treadle.core.execute import execute
 from treadle.core.meter import Meter
-from treadle.core.pipeline import Pipeline, Reads, Step, Workspace, execute, read_manifest
+from treadle.core.pipeline import Pipeline, Reads, Step, Workspace, read_manifest
 
 
 class From(Reads):
@@ -25,6 +26,11 @@ class Count(Step):
     add: int = 1
     source: From | None = None
     fail: bool = False
+    wrong: str = ""
+
+    def check(self, workspace: Workspace) -> None:
+        if self.wrong:
+            raise TreadleError(self.wrong)
 
     def execute(self, workspace: Workspace) -> Mapping[str, Any]:
         log = workspace.root / "log.txt"
@@ -59,6 +65,30 @@ def test_done_steps_are_skipped(tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "second")["metrics"]["value"] == 11
     execute(pipeline(), tmp_path)
     assert ran(tmp_path) == []
+
+
+def test_a_step_that_cannot_run_is_told_of_before_the_first_runs(tmp_path: Path) -> None:
+    execute(pipeline(), tmp_path)
+    ran(tmp_path)
+    wrong = Count(name="fourth", wrong="no thread; buy some")
+    longer = pipeline(add=5).replace(steps=(*pipeline(add=5).steps, wrong))
+    with pytest.raises(TreadleError, match="step `fourth` cannot run: no thread; buy some"):
+        execute(longer, tmp_path)
+    assert ran(tmp_path) == []
+
+
+def test_what_is_done_is_not_checked_again(tmp_path: Path) -> None:
+    class Late(Count):
+        """Finds its mistake once it has run."""
+
+        def check(self, workspace: Workspace) -> None:
+            if workspace.folder.exists():
+                raise TreadleError("too late")
+
+    late = Pipeline(name="p", steps=(Late(name="late"),))
+    execute(late, tmp_path)
+    execute(late, tmp_path)
+    assert ran(tmp_path) == ["late"]
 
 
 def test_a_change_runs_the_step_and_those_that_read_it(tmp_path: Path) -> None:

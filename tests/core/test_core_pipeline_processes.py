@@ -15,6 +15,7 @@ import pytest
 from pydantic import ValidationError
 
 from treadle.core.errors import ConfigError, TreadleError
+from treadle.core.execute import execute
 from treadle.core.files import write_text
 from treadle.core.pipeline import (
     Pipeline,
@@ -22,7 +23,6 @@ from treadle.core.pipeline import (
     Step,
     Summary,
     Workspace,
-    execute,
     find_step,
     read_manifest,
 )

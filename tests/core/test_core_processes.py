@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from treadle.core.errors import TreadleError
+from treadle.core.execute import execute
 from treadle.core.meter import highest_resident
-from treadle.core.pipeline import Pipeline, execute, read_manifest
+from treadle.core.pipeline import Pipeline, read_manifest
 from treadle.core.processes import (
     OneProcess,
     Outcome,

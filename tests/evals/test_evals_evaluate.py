@@ -9,7 +9,8 @@ import pytest
 from evals.lm_eval_oracle import tiny
 
 from treadle.cli.targets import load
-from treadle.core.pipeline import Pipeline, execute, read_manifest
+from treadle.core.execute import execute
+from treadle.core.pipeline import Pipeline, read_manifest
 from treadle.core.progress import Silent
 from treadle.evals.commonsense import ARC
 from treadle.evals.evaluate import Evaluate

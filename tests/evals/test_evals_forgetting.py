@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from treadle.core.errors import TreadleError
-from treadle.core.pipeline import Pipeline, Step, Workspace, execute, read_manifest
+from treadle.core.execute import execute
+from treadle.core.pipeline import Pipeline, Step, Workspace, read_manifest
 from treadle.core.progress import Silent
 from treadle.evals.forgetting import ForgettingScore, Stage, forgetting
 

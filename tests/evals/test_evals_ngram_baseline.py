@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from tiny_generation import byte_tokenizer, tiny_model
 
-from treadle.core.pipeline import Pipeline, Workspace, execute
+from treadle.core.execute import execute
+from treadle.core.pipeline import Pipeline, Workspace
 from treadle.core.progress import Silent
 from treadle.data.documents import Documents
 from treadle.data.records import Text

@@ -11,7 +11,8 @@ import pytest
 import torch
 from tiny_generation import byte_tokenizer, tiny_model
 
-from treadle.core.pipeline import Pipeline, Workspace, execute, read_manifest
+from treadle.core.execute import execute
+from treadle.core.pipeline import Pipeline, Workspace, read_manifest
 from treadle.data.batch import Piece
 from treadle.data.problems import Problems
 from treadle.data.records import Problem, user

@@ -22,7 +22,7 @@ from treadle.models.hub.load import load_model
 REQUESTS = [Request((1, 5, 9, 33, n), Sampling(temperature=0.0, max_tokens=9)) for n in range(5)]
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe", "qwen3-moe-mixed"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe", "qwen3-moe-mixed", "olmoe"])
 @pytest.mark.parametrize("experts", [1, 3, 99])
 def test_equals_all_in_memory(name: str, experts: int, tmp_path: Path) -> None:
     """To rounding, for a product depends on where its operands lie; at every size of the cache."""

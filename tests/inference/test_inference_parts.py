@@ -21,6 +21,7 @@ from treadle.models.hub.save import save_gguf, save_hf
 from treadle.models.llama import tiny_llama
 from treadle.models.qwen import qwen2_5_0_5b
 from treadle.nn.block import Block
+from treadle.nn.mixers.attention import AcrossHeads, Attention
 
 LLAMA = tiny_llama(259, dim=192, layers=2, heads=6, kv_heads=3, hidden=320, context=64)
 """Groups of heads and vocabulary do not divide by two; rows of 192 do not divide into 256."""
@@ -111,6 +112,13 @@ def test_a_file_that_cannot_be_cut_is_refused_before_it_is_read(tmp_path: Path) 
     save_hf(built("llama"), tmp_path)
     with pytest.raises(TreadleError, match="3 groups of heads, too few for 4 processes"):
         load_model(tmp_path, cut=partial(outline_part, rank=0, size=4))
+
+
+def test_a_norm_over_all_heads_is_not_cut() -> None:
+    mixer = Attention(heads=6, qk_norm=AcrossHeads())
+    decoder = LLAMA.replace(blocks=(Block(mixer=mixer, ffn=LLAMA.blocks[0].ffn),))
+    with pytest.raises(TreadleError, match=r"`blocks.0.mixer` has one norm over all heads, which"):
+        shard(decoder.build(), rank=0, size=2)
 
 
 @pytest.mark.slow

@@ -158,6 +158,22 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "olmoe": (
+        "Olmoe",
+        {**SIZE, "num_key_value_heads": 6, "num_experts": 6, "num_experts_per_tok": 3},
+    ),
+    "olmoe-grouped": ("Olmoe", {**SIZE, "num_experts": 4, "num_experts_per_tok": 2}),
+    "olmoe-summed": (
+        "Olmoe",
+        {
+            **SIZE,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
     "gpt2": ("GPT2", GPT),
     "gpt2-untied": ("GPT2", {**GPT, "tie_word_embeddings": False, "n_inner": 52}),
     "openai-gpt": ("OpenAIGPT", GPT),

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from models.hf_zoo import ZOO, build, checkpoint_gradients, save
 from torch.testing import assert_close
 
+from treadle.core.errors import ConfigError
 from treadle.models.decoder import Decoder
 from treadle.models.families import FAMILIES, family_of_hf
 from treadle.models.gemma import gemma3_270m
@@ -20,6 +21,7 @@ from treadle.models.hub.load import load_model
 from treadle.models.llama import smollm2_135m, smollm2_360m
 from treadle.models.mistral import mistral_7b
 from treadle.models.mixtral import mixtral_8x7b
+from treadle.models.olmoe import olmoe_1b_7b
 from treadle.models.qwen import qwen2_5_0_5b, qwen3_0_6b
 from treadle.models.qwen_moe import qwen3_30b_a3b
 
@@ -77,6 +79,7 @@ def test_configs_of_transformers_4_are_read(name: str) -> None:
         (mistral_7b(), 7_241_732_096),
         (mixtral_8x7b(), 46_702_792_704),
         (qwen3_30b_a3b(), 30_532_122_624),
+        (olmoe_1b_7b(), 6_919_161_856),
         (qwen2_5_0_5b(), 494_032_768),
         (qwen3_0_6b(), 596_049_920),
         (gemma3_270m(), 268_098_176),
@@ -90,3 +93,9 @@ def test_presets_have_the_published_size(decoder: Decoder, parameters: int) -> N
     with torch.device("meta"):
         model = decoder.build()
     assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_clipped_queries_are_refused() -> None:
+    config = build("olmoe").config.to_dict()
+    with pytest.raises(ConfigError, match=r"`clip_qkv` is 8.0, which treadle does not have"):
+        family_of_hf(config).huggingface.read({**config, "clip_qkv": 8.0})

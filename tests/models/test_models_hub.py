@@ -36,10 +36,13 @@ NO_GGUF = {
     "gemma2-scale",
     "qwen3-moe",
     "qwen3-moe-mixed",
+    "olmoe-grouped",
+    "olmoe-summed",
 }
 """llama.cpp's architectures have no such scaling of RoPE, no window in Qwen 2, no biases in
 Qwen 3, no GPT-1, no uneven pattern of windows, no scale of Gemma's queries but the released; and
-in Qwen 3 no experts whose weights do not sum to 1, and no dense layers between mixtures."""
+in Qwen 3 no experts whose weights do not sum to 1, and no dense layers between mixtures; in OLMoE
+none whose weights do, no biases and no groups of heads."""
 
 
 def logits(model: DecoderModel, tokens: torch.Tensor) -> torch.Tensor:

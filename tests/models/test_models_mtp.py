@@ -20,11 +20,12 @@ from treadle.models.mtp import (
     ParallelBlock,
     heads_of,
 )
+from treadle.models.transform import transformed
 from treadle.nn.context import Packed
 from treadle.nn.ffn.ffn import MLP
 from treadle.nn.layout import Layout
 from treadle.peft.chosen import ChosenLayers
-from treadle.train.run import load_trained, save_trained, transformed
+from treadle.train.run import load_trained, save_trained
 
 TINY = tiny_llama(61, dim=32, layers=2, heads=4, kv_heads=2, hidden=48, context=64)
 TOKENS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5])

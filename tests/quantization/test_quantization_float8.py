@@ -121,7 +121,7 @@ def test_a_model_in_fp8_says_almost_the_same() -> None:
     assert len(answer.tokens) == 6
 
 
-def test_what_cannot_be_multiplied_is_refused() -> None:
+def test_what_cannot_be_multiplied_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = DynamicFloat8()
     with pytest.raises(ConfigError, match="in e4m3; take Float8"):
         kernel.check(Int8().pack(torch.randn(16, 16)))
@@ -129,8 +129,10 @@ def test_what_cannot_be_multiplied_is_refused() -> None:
         ConfigError, match=r"multiples of 16, and the weight is 16 x 24; .*Dequantise"
     ):
         kernel.check(Float8().pack(torch.randn(16, 24)))
-    with pytest.raises(ConfigError, match=r"no fp8 on meta; take kernel=Dequantise"):
-        kernel.check(Float8().pack(torch.randn(16, 16)).to("meta"))
+    kernel.check(Float8().pack(torch.randn(16, 16)).to("meta"))  # a model that is only laid out
+    monkeypatch.setattr(Float8Weight, "device", torch.device("xpu"))
+    with pytest.raises(ConfigError, match=r"no fp8 on xpu; take kernel=Dequantise"):
+        kernel.check(Float8().pack(torch.randn(16, 16)))
 
 
 def test_a_chip_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

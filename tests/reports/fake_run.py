@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from treadle.core.pipeline import Pipeline, Reads, Step, Workspace, execute
+from treadle.core.execute import execute
+from treadle.core.pipeline import Pipeline, Reads, Step, Workspace
 from treadle.core.results import Figure, Sample, accuracy, pooled, write_samples
 from treadle.reports.report import Report
 

@@ -106,10 +106,14 @@ def stage_of(name: str) -> Stage:
 # Words
 
 
+PATH = ("base", "sft", "quantised")
+
+
 def measured(name: str, right: int) -> Stage:
     return Stage(
         subject=name,
         baseline=False,
+        made_from=PATH[: PATH.index(name)],
         results={"sum": accuracy([1.0] * right + [0.0] * (100 - right))},
     )
 
@@ -131,7 +135,8 @@ def test_a_difference_by_chance_is_called_that() -> None:
 
 
 def test_different_tasks_do_not_compare() -> None:
-    other = Stage(subject="sft", baseline=False, results={"gcd": accuracy([1.0])})
+    gcd = {"gcd": accuracy([1.0])}
+    other = Stage(subject="sft", baseline=False, made_from=("base",), results=gcd)
     said = " ".join(sentences("run", [measured("base", 1), other], None, [], [], []))
     assert "different tasks and do not compare" in said
 

@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from reports.fake_run import FakeEvaluate, FakeModel, FakeTrain
+
+from treadle.core.execute import execute
+from treadle.core.pipeline import Pipeline, Step, Workspace
+from treadle.reports.document import document
+from treadle.reports.folder import read_run
 from treadle.reports.stages import Stage
 from treadle.reports.words import order, sentences
 
@@ -11,12 +21,16 @@ def figure(value: float, unit: str, half: float | None = None):
     return {"value": value, "unit": unit, "n": 64, "low": low, "high": high}
 
 
+PATH = ("alone", "soft", "hard")
+
+
 def stage(subject: str, perplexity: float, accuracy: float, half: float = 0.05) -> Stage:
     results = {
         "task": figure(accuracy, "accuracy", half),
         "answers": figure(perplexity, "perplexity"),
     }
-    return Stage(subject=subject, baseline=False, results=results)
+    made_from = PATH[: PATH.index(subject)]
+    return Stage(subject=subject, baseline=False, made_from=made_from, results=results)
 
 
 STAGES = [stage("alone", 5.0, 0.1), stage("soft", 2.0, 0.4), stage("hard", 3.0, 0.42)]
@@ -42,10 +56,58 @@ def test_results_that_some_lack_are_not_compared() -> None:
     assert [said.split(",")[0] for said in order([*STAGES, lacking])] == ["By task"]
 
 
-def test_only_a_run_that_lays_side_by_side_says_the_order() -> None:
+def test_a_path_is_put_in_order_only_where_it_is_laid_side_by_side() -> None:
     steps = [
         {"name": "t", "kind": kind, "state": "done", "seconds": None}
         for kind in ("Run", "SideBySide")
     ]
     assert "best first" in " ".join(sentences("x", STAGES, None, steps, [], []))
     assert "best first" not in " ".join(sentences("x", STAGES, None, steps[:1], [], []))
+
+
+class FakeJoin(Step):
+    """Puts models together."""
+
+    models: tuple[FakeModel, ...]
+
+    def execute(self, workspace: Workspace) -> Mapping[str, Any]:
+        return {"kind": "merge"}
+
+
+def made(root: Path, *steps: Step) -> dict[str, Any]:
+    """The report of a run of these."""
+    execute(Pipeline(name="fork", steps=steps), root)
+    return document(read_run(root), samples=1)
+
+
+def trained(name: str, after: str = "") -> tuple[Step, Step]:
+    model = FakeModel(step=after) if after else None
+    return FakeTrain(name=name, model=model), measured(name)
+
+
+def measured(name: str) -> Step:
+    return FakeEvaluate(name=f"measure-{name}", subject=name, model=FakeModel(step=name))
+
+
+def test_alternatives_are_no_path(tmp_path: Path) -> None:
+    """Both ways start from sft; neither is what the other was before, nor the final model."""
+    base = FakeEvaluate(name="measure-base", subject="base")
+    ways = (*trained("quantised", after="sft"), *trained("grpo", after="sft"))
+    found = made(tmp_path, base, *trained("sft"), *ways)
+    said = " ".join(found["result"])
+    begin = (
+        "quantised and grpo are alternatives: each starts from sft. By chain_sum, best first: grpo"
+    )
+    assert said.startswith(begin)
+    assert "final model" not in said
+    assert "before" not in said
+    assert found["comparison"] is None
+    lines = {s["subject"]: s["made_from"] for s in found["stages"]}
+    assert lines["grpo"] == lines["quantised"] == ["base", "sft"]
+
+
+def test_ways_that_meet_again_are_a_path(tmp_path: Path) -> None:
+    joined = FakeJoin(name="quantised", models=(FakeModel(step="sft"), FakeModel(step="grpo")))
+    found = made(tmp_path, *trained("sft"), *trained("grpo"), joined, measured("quantised"))
+    assert found["result"][0].startswith("The final model (quantised) answers")
+    assert found["comparison"]["after"] == "quantised"

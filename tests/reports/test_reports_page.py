@@ -16,7 +16,8 @@ from reports.page_reader import Element, read_page, table
 
 from treadle.cli.app import build
 from treadle.core.errors import FileFormatError, TreadleError
-from treadle.core.pipeline import Pipeline, Step, Workspace, execute
+from treadle.core.execute import execute
+from treadle.core.pipeline import Pipeline, Step, Workspace
 from treadle.core.results import Reasoned, ReasoningMetrics, accuracy
 from treadle.reports.folder import read_run
 from treadle.reports.report import DATA, PAGE, Report, write_report

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from torch.func import functional_call
 from train.tiny import VOCAB, documents, tiny_model
 
 from treadle.core.errors import ConfigError, TreadleError
-from treadle.core.progress import Silent
+from treadle.core.pipeline import Pipeline, Workspace
 from treadle.data.batch import Piece, assemble
 from treadle.data.supervised import Supervised
 from treadle.models.source import Pretrained
@@ -32,8 +34,13 @@ from treadle.train.meta import (
     adapt,
 )
 from treadle.train.meta_train import LossOf, MetaTrain
+from treadle.train.rng import seed_everything
 
 LR = 0.05
+
+
+def here(folder: Path) -> Workspace:
+    return Workspace(folder, folder, Pipeline.model_construct())
 
 
 def network(width: int = 40) -> nn.Module:
@@ -232,14 +239,14 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     )
     env = chat_env(tmp_path)
     with pytest.raises(ConfigError, match=r"an episode takes 6 conversations .* has only 5"):
-        step.train(env, Silent())
+        step.train(env, here(tmp_path))
     env.model.requires_grad_(False)
     with pytest.raises(ConfigError, match="nothing trains; add a transform such as LoRA"):
-        step.train(env, Silent())
+        step.train(env, here(tmp_path))
     wild = chat_env(tmp_path)
     torch.nn.init.constant_(wild.model.norm.weight, math.inf)
-    with pytest.raises(TreadleError, match="the loss of step 0 is nan; lower inner_lr"):
-        step.replace(inner_steps=1).train(wild, Silent())
+    with pytest.raises(TreadleError, match="the loss of step 1 is nan; lower inner_lr"):
+        step.replace(inner_steps=1).train(wild, here(tmp_path))
 
 
 def test_inner_steps_that_diverge_are_named(tmp_path: Path) -> None:
@@ -255,7 +262,7 @@ def test_inner_steps_that_diverge_are_named(tmp_path: Path) -> None:
     )
     env = chat_env(tmp_path)  # all weights are open, the table of embeddings too
     with pytest.raises(TreadleError, match=r"a blind guess has \d.*they diverge; lower inner_lr"):
-        step.train(env, Silent())
+        step.train(env, here(tmp_path))
 
 
 def test_the_step_trains_what_the_transforms_opened(tmp_path: Path) -> None:
@@ -274,8 +281,60 @@ def test_the_step_trains_what_the_transforms_opened(tmp_path: Path) -> None:
     env = chat_env(tmp_path)
     LoRA(rank=2)(env.model)
     before = {n: p.detach().clone() for n, p in env.model.named_parameters()}
-    losses = step.train(env, Silent())
+    step.train(env, here(tmp_path))
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").open()]
+    assert len(losses) == step.steps
     assert losses[-1] < losses[0]
     for name, parameter in env.model.named_parameters():
         moved = not torch.equal(parameter, before[name])
         assert moved == parameter.requires_grad, name
+
+
+def test_a_killed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
+    """Adapters, the optimiser's memory, the tasks that are drawn and what dropout drops."""
+    tasks = tuple(Supervised(conversations=Numbered(word=w, amount=12)) for w in ("warp", "reed"))
+    step = MetaTrain(
+        model=Pretrained(name="any"),
+        tasks=tasks,
+        optimizer=AdamW(lr=1e-2),
+        shots=3,
+        inner_steps=2,
+        inner_lr=0.5,
+        steps=9,
+        checkpoint_every=4,
+    )
+
+    class Killed(FirstOrderMAML):
+        """Ends after six steps of two tasks."""
+
+        def direction(
+            self, loss: Loss, path: Sequence[Weights], episode: Episode, lr: float
+        ) -> dict[str, Tensor]:
+            calls.append(1)
+            if len(calls) > 12:
+                raise KeyboardInterrupt
+            return super().direction(loss, path, episode, lr)
+
+    def trained(folder: Path, method: MetaMethod) -> dict[str, Tensor]:
+        env = chat_env(folder)
+        model = LoRA(rank=2, dropout=0.2)(env.model).train()
+        step.replace(method=method).train(env, here(folder))
+        return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+    calls: list[int] = []
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    expected = trained(whole, FirstOrderMAML())
+    with pytest.raises(KeyboardInterrupt):
+        trained(killed, Killed())
+    assert [p.name for p in (killed / "checkpoints").iterdir()] == ["step-000004"]
+    seed_everything(99)
+    found = trained(killed, FirstOrderMAML())
+    assert found.keys() == expected.keys()
+    for name, weight in found.items():
+        assert torch.equal(weight, expected[name]), name
+    lines = [
+        [(row["step"], row["loss"]) for row in map(json.loads, (f / "metrics.jsonl").open())]
+        for f in (whole, killed)
+    ]
+    assert lines[0] == lines[1]
+    assert [number for number, _ in lines[0]] == list(range(1, 10))

@@ -15,13 +15,14 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 from pydantic import Field
 
 from treadle.alignment.rewards import Reward
 from treadle.core.cards import Card
 from treadle.core.errors import TreadleError
+from treadle.data.bm25 import WordIndex
 from treadle.data.records import Problem
 
 CARD = Card(
@@ -39,7 +40,6 @@ a an the of in on at to for from by with as is are was were be been being it its
 these those and or but which who whom whose has have had do does did there their his her
 he she they them also than then so such i you we
 """
-K1, B = 1.5, 0.75
 
 
 class Factuality(Reward):
@@ -101,20 +101,15 @@ def stem(word: str) -> str:
 
 
 class Library:
-    """Sentences, and BM25 over their content words."""
+    """Sentences, found by their content words."""
 
-    def __init__(self, sentences: list[str], retriever: Any) -> None:
+    def __init__(self, sentences: list[str]) -> None:
         self.claims = [claim_of(s) for s in sentences]
-        self.retriever = retriever
-        retriever.index([sorted(c.words) or [""] for c in self.claims], show_progress=False)
+        self.index = WordIndex([sorted(c.words) for c in self.claims])
 
     def nearest(self, claim: Claim, count: int) -> list[Claim]:
-        known = [sorted(w for w in claim.words if w in self.retriever.vocab_dict)]
-        if not known[0]:
-            return []
-        count = min(count, len(self.claims))
-        rows, _ = self.retriever.retrieve(known, k=count, show_progress=False)
-        return [self.claims[i] for i in rows[0]]
+        best = np.argsort(-self.index.scores(claim.words), kind="stable")
+        return [self.claims[i] for i in best[:count]]
 
 
 @lru_cache(maxsize=4)
@@ -125,10 +120,6 @@ def open_library(path: str) -> Library:
         TreadleError: the file is not there or empty, or the library for BM25 is absent.
     """
     try:
-        import bm25s
-    except ImportError:
-        raise TreadleError("finding evidence needs bm25s: pip install 'treadle[tasks]'") from None
-    try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise TreadleError(
@@ -137,4 +128,4 @@ def open_library(path: str) -> Library:
     sentences = [s.strip() for s in _SENTENCE.split(text) if s.strip()]
     if not sentences:
         raise TreadleError(f"Factuality: the evidence {path} has no sentence")
-    return Library(sentences, bm25s.BM25(k1=K1, b=B, method="lucene"))
+    return Library(sentences)

@@ -10,46 +10,27 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from treadle.alignment.advantages import Advantage, GroupNormalised
 from treadle.alignment.episodes import Environment, Episode, Seat, Table
-from treadle.alignment.frozen import NoPolicyReference, PolicyReference
-from treadle.alignment.rollouts import REDRAWS, TOLD, Answer, answers_batch, mismatch_limit
-from treadle.alignment.samplers import OwnWeights, Sampler
+from treadle.alignment.on_policy import REDRAWS, TOLD, Answer, OnPolicy, answers_batch
 from treadle.core.errors import TreadleError
 from treadle.data.batch import within_budget
-from treadle.data.source import Env, Source, Stream, Work
+from treadle.data.source import Env, Stream, Work
 from treadle.inference.sampling import Sampling
 from treadle.objectives.policy import PolicyBatch
 
 
-class Played(Source):
+class Played(OnPolicy):
     """Groups of plays of an environment's problems by the model in training."""
 
     environment: Environment
-    prompts: int = Field(8, ge=1)
-    """Problems in a step, over all ranks."""
     completions: int = Field(4, ge=2)
     """Plays of each problem."""
     sampling: Sampling = Sampling(max_tokens=64)
     """Of each utterance."""
     turns: int = Field(6, ge=1)
     """Utterances of a play at most, of all seats together."""
-    advantage: Advantage = GroupNormalised()
-    tokens: int = Field(4096, ge=1)
-    """Most tokens in a micro-batch."""
-    patience: float = Field(10.0, gt=0.0)
-    """Seconds after which an environment or a tool is given up."""
-    reference: PolicyReference = NoPolicyReference()
-    sampler: Sampler = OwnWeights()
-    warn_above: float = Field(0.1, gt=0.0)
-    """Mean |log pi - log mu| of a token, in nats, between trainer and sampler."""
 
     def open(self, env: Env) -> PlayedStream:
-        if self.prompts % env.world:
-            raise TreadleError(
-                f"Played: prompts={self.prompts} cannot be shared by {env.world} processes: "
-                f"choose a multiple"
-            )
         return PlayedStream(self, env)
 
     def table(self, env: Env) -> Table:
@@ -58,7 +39,7 @@ class Played(Source):
             environment=self.environment,
             tokenizer=env.tokenizer,
             context=env.model.config.context,
-            sample=self.sampler.open(env, self.prompts // env.world * self.completions),
+            sample=self.sampler.open(env, self.share(env) * self.completions),
             sampling=self.sampling,
             turns=self.turns,
             patience=self.patience,
@@ -109,7 +90,7 @@ class PlayedStream(Stream):
                     "redraws": float(redraws),
                     "problems_left_out": float(self.left_out),
                 }
-                return Work(batches, metrics, (mismatch_limit(self.config.warn_above),))
+                return Work(batches, metrics, (self.config.limit(),))
         raise TreadleError(
             f"all plays of a problem ended with equal rewards, {REDRAWS} times "
             f"{self.config.prompts} problems (mean {float(rewards.mean()):.2f}): choose easier or "
@@ -118,7 +99,7 @@ class PlayedStream(Stream):
 
     def roll(self) -> list[Episode]:
         """Plays of this rank's share of the next problems."""
-        share = self.config.prompts // self.env.world
+        share = self.config.share(self.env)
         first = self.drawn + self.env.rank * share
         self.drawn += self.config.prompts
         self.env.model.eval()

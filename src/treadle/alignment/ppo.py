@@ -21,7 +21,7 @@ from torch import Tensor
 
 from treadle.alignment.frozen import FrozenCopy
 from treadle.alignment.gae import gae
-from treadle.alignment.rollouts import Group, Rollouts, mismatch_limit, policy_batch
+from treadle.alignment.rollouts import Group, Rollouts, policy_batch
 from treadle.alignment.trees import assemble_trees, extended
 from treadle.data.batch import Piece, within_budget
 from treadle.data.source import Env, Source, Stream, Work
@@ -80,7 +80,7 @@ class PPOStream(Stream):
             self._sample()
         epoch, part = divmod(self.taken, self.config.minibatches)
         # A lot is sampled once: its mismatch is told of once.
-        limit = mismatch_limit(self.config.rollouts.warn_above)
+        limit = self.config.rollouts.limit()
         limits = (limit,) if self.taken == 0 else ()
         self.taken += 1
         order = np.random.default_rng([self.env.seed, self.lots, epoch]).permutation(len(self.lot))

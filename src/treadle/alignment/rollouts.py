@@ -14,59 +14,30 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor
 
-from treadle.alignment.advantages import Advantage, GroupNormalised
-from treadle.alignment.frozen import NoPolicyReference, PolicyReference
+from treadle.alignment.on_policy import REDRAWS, TOLD, Answer, OnPolicy, answers_batch
 from treadle.alignment.rewards import Reward
-from treadle.alignment.samplers import OwnWeights, Sampler
 from treadle.alignment.scoring import Scored, require_sound, reward_metrics, scorer
-from treadle.alignment.trees import assemble_trees, extended
 from treadle.alignment.watch import signs
 from treadle.core.errors import TreadleError
-from treadle.data.batch import Piece, within_budget
+from treadle.data.batch import within_budget
 from treadle.data.problems import Problems
 from treadle.data.records import Problem
-from treadle.data.source import Env, Limit, Source, Stream, Work
+from treadle.data.source import Env, Stream, Work
 from treadle.inference.request import Completion, Request
-from treadle.inference.sampling import Sampling
 from treadle.objectives.policy import PolicyBatch
 from treadle.tokenizers.chat import encode_prompt
 
-REDRAWS = 8
-"""Times that a step asks for new prompts when no group has a signal."""
-TOLD = 8
-"""Different faults of problems and verifiers that the log names."""
 
-
-class Rollouts(Source):
+class Rollouts(OnPolicy):
     """Groups of completions that the model in training samples for problems with a verifier."""
 
     problems: Problems
-    prompts: int = Field(8, ge=1)
-    """Problems in a step, over all ranks."""
-    completions: int = Field(8, ge=2)
-    """Completions for each problem."""
-    sampling: Sampling = Sampling(max_tokens=128)
-    advantage: Advantage = GroupNormalised()
-    tokens: int = Field(4096, ge=1)
-    """Most tokens in a micro-batch."""
     reward: Reward | None = None
     """Instead of the problems' own verifier."""
-    patience: float = Field(10.0, gt=0.0)
-    """Seconds after which a verifier is given up."""
-    reference: PolicyReference = NoPolicyReference()
-    sampler: Sampler = OwnWeights()
-    warn_above: float = Field(0.1, gt=0.0)
-    """Mean |log pi - log mu| of a token, in nats, between trainer and sampler."""
 
     def open(self, env: Env) -> RolloutStream:
-        if self.prompts % env.world:
-            raise TreadleError(
-                f"Rollouts: prompts={self.prompts} cannot be shared by {env.world} processes: "
-                f"choose a multiple"
-            )
         return RolloutStream(self, env)
 
 
@@ -101,8 +72,8 @@ class RolloutStream(Stream):
         self.told: set[str] = set()
         self.annotate = config.reference.open(env)
         self.score = scorer(config.problems, config.reward, config.patience)
-        slots = config.prompts // env.world * config.completions
-        self.sample = config.sampler.open(env, slots)
+        self.share = config.share(env)
+        self.sample = config.sampler.open(env, self.share * config.completions)
 
     def __next__(self) -> Work:
         return self.step(lambda groups: Shaped(torch.tensor([g.rewards for g in groups])))
@@ -121,7 +92,7 @@ class RolloutStream(Stream):
                 return Work(
                     batches,
                     {**metrics, **shaped.metrics},
-                    (mismatch_limit(self.config.warn_above),),
+                    (self.config.limit(),),
                 )
         raise TreadleError(
             f"the rewards within every group were equal for {REDRAWS} draws of "
@@ -131,15 +102,14 @@ class RolloutStream(Stream):
 
     def roll(self) -> list[Group]:
         """Completions and rewards for this rank's share of the next problems."""
-        share = self.config.prompts // self.env.world
-        first = self.drawn + self.env.rank * share
+        first = self.drawn + self.env.rank * self.share
         self.drawn += self.config.prompts
         groups = self.complete(
-            (self.config.problems.problem(i), i) for i in range(first, first + share)
+            (self.config.problems.problem(i), i) for i in range(first, first + self.share)
         )
         if not groups:
             raise TreadleError(
-                f"the prompts of all {share} problems of a step fill the model's context of "
+                f"the prompts of all {self.share} problems of a step fill the model's context of "
                 f"{self.env.model.config.context} tokens: choose shorter ones"
             )
         require_sound([s for g in groups for s in g.scores])
@@ -224,15 +194,6 @@ def repetition(tokens: Sequence[int], n: int = 4) -> float:
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
-def mismatch_limit(most: float) -> Limit:
-    """Above it the sampler's log-probabilities are too far from the trainer's."""
-    remedy = (
-        "what samples is not what learns; take sampler='{kind: OwnWeights}', a finer format, or "
-        "train in the sampler's precision"
-    )
-    return Limit("mismatch", most, remedy)
-
-
 def prompt_tokens(env: Env, problem: Problem) -> tuple[int, ...]:
     """The problem as the chat template puts it, up to where the assistant begins."""
     return tuple(encode_prompt(env.tokenizer, [m.plain() for m in problem.prompt]))
@@ -251,38 +212,3 @@ def policy_batch(groups: Sequence[Group], advantages: Tensor, temperature: float
         for group, row in zip(groups, advantages.tolist(), strict=True)
     ]
     return answers_batch(trees, temperature)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What follows a prompt: the policy's tokens, and between them perhaps others."""
-
-    tokens: Sequence[int]
-    learned: Sequence[bool]
-    """Which tokens are the policy's."""
-    logprobs: Sequence[float]
-    """Of these, when they were sampled."""
-    advantage: float
-
-
-def answers_batch(
-    trees: Sequence[tuple[Sequence[int], Sequence[Answer]]], temperature: float
-) -> PolicyBatch:
-    """Each prompt once, with its answers as branches."""
-    answers = [a for _, branches in trees for a in branches]
-    batch = assemble_trees(
-        [
-            [
-                Piece(prompt, [False] * len(prompt)),
-                *(Piece(a.tokens, a.learned, parent=0) for a in branches),
-            ]
-            for prompt, branches in trees
-        ]
-    )
-    return extended(
-        PolicyBatch,
-        batch,
-        advantages=torch.tensor([a.advantage for a in answers for _ in a.logprobs]),
-        behaviour=torch.tensor([p for a in answers for p in a.logprobs]),
-        temperature=temperature,
-    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +21,12 @@ from treadle.alignment.trpo import Bounds, Taken, trust_region_step
 from treadle.core.config import to_yaml
 from treadle.core.pipeline import Workspace
 from treadle.data.source import Env, Stream, Work
+from treadle.models.transform import transformed
 from treadle.tokenizers.load import tokenizer_of
-from treadle.train.checkpoint import CheckpointStore
-from treadle.train.hooks import JsonLines, RunInfo, ShowProgress, StepReport, WarnAbove
+from treadle.train.hooks import StepReport
+from treadle.train.loop import repeat
 from treadle.train.rng import RandomState, seed_everything
-from treadle.train.run import WEIGHTS, Training, save_trained, transformed
+from treadle.train.run import WEIGHTS, Training, save_trained
 from treadle.train.state import TrainState
 
 
@@ -69,26 +71,15 @@ class TRPO(Training):
             parts={"random": RandomState()},
             config=to_yaml(self),
         )
-        store = CheckpointStore(folder / "checkpoints")
-        first = store.restore_latest(state) or 0
-        hooks = (
-            JsonLines(folder / "metrics.jsonl"),
-            ShowProgress(workspace.progress, self.name),
-            WarnAbove(workspace.progress, self.name),
-        )
-        for hook in hooks:
-            hook.on_start(RunInfo(folder=folder, steps=self.steps, start=first))
         model.train()
-        try:
-            for step in range(first + 1, self.steps + 1):
-                report = self._step(model, stream, step)
-                for hook in hooks:
-                    hook.on_step(report)
-                if step % self.checkpoint_every == 0 or step == self.steps:
-                    store.save(step, state)
-        finally:
-            for hook in hooks:
-                hook.on_end()
+        repeat(
+            partial(self._step, model, stream),
+            steps=self.steps,
+            checkpoint_every=self.checkpoint_every,
+            state=state,
+            name=self.name,
+            workspace=workspace,
+        )
         save_trained(model, dict(model.named_parameters()), folder / WEIGHTS)
         return {
             "kind": "train",

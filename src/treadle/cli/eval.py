@@ -30,7 +30,8 @@ def evaluate(
     from treadle.cli.targets import load
     from treadle.core.config import override
     from treadle.core.errors import TreadleError
-    from treadle.core.pipeline import Pipeline, execute, read_manifest
+    from treadle.core.execute import execute
+    from treadle.core.pipeline import Pipeline, read_manifest
     from treadle.core.progress import standard
     from treadle.evals.evaluate import Evaluate
 

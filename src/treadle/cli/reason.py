@@ -37,7 +37,8 @@ def reason(
     from treadle.cli.targets import load
     from treadle.core.config import override
     from treadle.core.errors import TreadleError
-    from treadle.core.pipeline import Pipeline, execute, read_manifest
+    from treadle.core.execute import execute
+    from treadle.core.pipeline import Pipeline, read_manifest
     from treadle.core.progress import standard
     from treadle.evals.evaluate import Evaluate
     from treadle.evals.reason import Reason, table

@@ -27,7 +27,7 @@ def run(
 ) -> None:
     """Run a recipe. Finished steps are kept: the same command again goes on where it stopped."""
     from treadle.cli.targets import load
-    from treadle.core.pipeline import execute
+    from treadle.core.execute import execute
     from treadle.core.progress import standard
 
     pipeline = load(target, overrides or ())

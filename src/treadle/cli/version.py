@@ -9,7 +9,7 @@ from treadle.cli.command import Command
 
 def version() -> None:
     """The versions of treadle, Python and the libraries that decide results."""
-    from treadle.core.pipeline import versions
+    from treadle.core.execute import versions
 
     for name, number in versions().items():
         typer.echo(f"{name:14} {number}")

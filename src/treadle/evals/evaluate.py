@@ -34,8 +34,8 @@ from treadle.inference.request import Completion, Request
 from treadle.inference.sampling import Sampling
 from treadle.kernels.linear_cross_entropy import token_statistics
 from treadle.models.decoder import DecoderModel
-from treadle.models.source import ModelSource
-from treadle.models.transform import Transform
+from treadle.models.source import ModelSource, outlined
+from treadle.models.transform import Transform, transformed
 from treadle.nn.context import Packed
 from treadle.nn.layout import Layout
 from treadle.nn.linear import bias_of
@@ -82,13 +82,15 @@ class Evaluate(Step):
     precision: Precision = Auto()
     engine: EngineConfig = EngineConfig()
 
+    def check(self, workspace: Workspace) -> None:
+        outlined(self.model, self.transforms, workspace)
+
     def execute(self, workspace: Workspace) -> Mapping[str, Any]:
         opened = self.model.open(workspace)
         model, tokenizer = opened.model.eval().requires_grad_(False), tokenizer_of(opened)
         precision = self.precision.resolve("cpu")
         precision.prepare(model)
-        for transform in self.transforms:
-            model = transform(model)
+        model = transformed(model, self.transforms)
         engine = Engine(model, tokenizer, self.engine, autocast=partial(precision.autocast, "cpu"))
         results: dict[str, Figure] = {}
         samples: list[Sample] = []

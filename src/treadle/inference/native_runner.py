@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from treadle.core.cards import Card
+from treadle.core.config import Config
 from treadle.core.errors import TreadleError
 from treadle.core.files import StrPath
 from treadle.core.machine import machine
@@ -33,7 +34,7 @@ from treadle.kernels.native.matrix import FORMATS, Arena, packed_bytes
 from treadle.models.decoder import Decoder, DecoderModel, TiedHead
 from treadle.models.hub.load import load_model
 from treadle.nn.mixers.attention import Attention
-from treadle.nn.norms import Norm, RMSNorm
+from treadle.nn.norms import RMSNorm
 
 CARD = Card(
     id="inf.compile",
@@ -300,7 +301,7 @@ def _vectors(weights: NativeWeights) -> list[Float[Tensor, " n"] | None]:
     return found
 
 
-def _gain(weights: NativeWeights, name: str, norm: Norm | None) -> Float[Tensor, " n"] | None:
+def _gain(weights: NativeWeights, name: str, norm: Config | None) -> Float[Tensor, " n"] | None:
     weight = weights.vector(f"{name}.weight")
     if weight is None:
         return None

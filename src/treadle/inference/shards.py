@@ -25,7 +25,7 @@ from treadle.models.hub.fill import Cut
 from treadle.nn.block import BlockLayer
 from treadle.nn.ffn.ffn import GatedMLPLayer, MLPLayer
 from treadle.nn.linear import LinearLike
-from treadle.nn.mixers.attention import AttentionLayer
+from treadle.nn.mixers.attention import AcrossHeadsNorm, AttentionLayer
 
 
 def span(count: int, rank: int, size: int) -> slice:
@@ -80,6 +80,8 @@ def outline_part(model: DecoderModel, rank: int, size: int) -> dict[str, Cut]:
 def _shard_mixer(mixer: nn.Module, name: str, rank: int, size: int) -> None:
     if not isinstance(mixer, AttentionLayer):
         raise TreadleError(f"`{name}` is a {type(mixer).__name__}, which cannot be cut over heads")
+    if isinstance(mixer.q_norm, AcrossHeadsNorm):
+        raise TreadleError(f"`{name}` has one norm over all heads, which cannot be cut over them")
     if mixer.kv_heads < size:
         raise TreadleError(
             f"`{name}` has {mixer.kv_heads} groups of heads, too few for {size} processes: take "

@@ -17,6 +17,7 @@ from treadle.models import (
     mistral,
     mixtral,
     native,
+    olmoe,
     qwen,
     qwen_moe,
 )
@@ -34,6 +35,7 @@ FAMILIES: tuple[Family, ...] = (
     mixtral.FAMILY,
     qwen_moe.QWEN2_MOE,
     qwen_moe.QWEN3_MOE,
+    olmoe.FAMILY,
     gemma.GEMMA,
     gemma.GEMMA2,
     gemma.GEMMA3,

@@ -28,7 +28,7 @@ CARD = Card(
 
 def outline(decoder: Decoder) -> DecoderModel:
     """The decoder's model on the meta device."""
-    with torch.device("meta"), _Unfilled():
+    with torch.device("meta"), Unfilled():
         return decoder.build()
 
 
@@ -36,7 +36,7 @@ DRAWS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
 """What torch's layers fill their weights with."""
 
 
-class _Unfilled(TorchFunctionMode):
+class Unfilled(TorchFunctionMode):
     """Those leave a tensor as it is."""
 
     def __torch_function__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,11 @@ from typing import Any
 import torch
 
 from treadle.core.config import Config
+from treadle.core.errors import TreadleError
 from treadle.core.pipeline import Reads, Workspace
 from treadle.models.decoder import Decoder, DecoderModel
+from treadle.models.outline import Unfilled, outline
+from treadle.models.transform import Transform, transformed
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,34 @@ class ModelSource(Config):
     def open(self, workspace: Workspace) -> Opened:
         """The model in float32 on the CPU, all parameters requiring gradients."""
 
+    def outline(self, workspace: Workspace) -> DecoderModel | None:
+        """The model without its values; None where only `open` can tell what it is made of.
+
+        Raises:
+            TreadleError: there is no such model.
+        """
+        return None
+
+
+def outlined(
+    source: ModelSource, transforms: Sequence[Transform], workspace: Workspace
+) -> DecoderModel | None:
+    """The outline of a model that transforms have rewritten, or None.
+
+    Raises:
+        TreadleError: there is no such model, or a transform does not fit it.
+    """
+    model = source.outline(workspace)
+    if model is None:
+        return None
+    try:
+        with Unfilled(), torch.random.fork_rng(devices=()):
+            return transformed(model, transforms)
+    except TreadleError:
+        raise
+    except Exception:
+        return None  # a transform that wants values: only the run can tell
+
 
 class Pretrained(ModelSource):
     """A known model, a hub id, a folder or a GGUF file."""
@@ -50,6 +81,12 @@ class Pretrained(ModelSource):
         loaded = load_model(pulled.path, dtype=torch.float32)
         return Opened(loaded.model, pulled.path, loaded.metadata, weight_bytes(pulled.path))
 
+    def outline(self, workspace: Workspace) -> DecoderModel:
+        from treadle.models.hub.load import read_decoder
+        from treadle.models.hub.pull import pull
+
+        return outline(read_decoder(pull(self.name, progress=workspace.progress.say).path))
+
 
 class Fresh(ModelSource, Reads):
     """New weights, with the tokenizer that an earlier step trained."""
@@ -63,6 +100,9 @@ class Fresh(ModelSource, Reads):
         model = self.decoder.build()
         torch.set_rng_state(state)
         return Opened(model, workspace.output(self.step) / "tokenizer")
+
+    def outline(self, workspace: Workspace) -> DecoderModel:
+        return outline(self.decoder)
 
 
 def weight_bytes(path: Path) -> int:

@@ -31,6 +31,13 @@ class Transform(Config):
         """The rewritten model."""
 
 
+def transformed(model: M, transforms: Sequence[Transform]) -> M:
+    """The model, rewritten by one after the other."""
+    for transform in transforms:
+        model = transform(model)
+    return model
+
+
 def match_modules(
     model: nn.Module, patterns: Sequence[str], kinds: tuple[type[nn.Module], ...], *, owner: str
 ) -> dict[str, nn.Module]:

@@ -35,7 +35,7 @@ from treadle.distillation.taught import Live, LivePupil, taught
 from treadle.models.decoder import Decoder, DecoderModel
 from treadle.models.llama import tiny_llama
 from treadle.models.source import Fresh
-from treadle.models.transform import Transform
+from treadle.models.transform import Transform, transformed
 from treadle.objectives.causal import CausalLM
 from treadle.objectives.objective import Objective
 from treadle.optim.adamw import AdamW
@@ -180,8 +180,7 @@ def rehearse(job: Job) -> Needs:
     with rehearsing() as ledger:
         model = job.decoder.build()
         teacher = None if job.teacher is None else job.teacher.build().requires_grad_(False)
-        for transform in job.transforms:
-            model = transform(model)
+        model = transformed(model, job.transforms)
         loading = ledger.peak
         job.precision.prepare(model)
         if teacher is not None:

@@ -94,7 +94,7 @@ class DynamicFloat8(Kernel):
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
             name = torch.cuda.get_device_name(device)
             raise ConfigError(f"{name} multiplies no fp8; take kernel=Dequantise()")
-        if device.type not in ("cuda", "cpu"):
+        if device.type not in ("cuda", "cpu", "meta"):
             raise ConfigError(f"torch multiplies no fp8 on {device}; take kernel=Dequantise()")
         if weight.in_features % MULTIPLE or weight.out_features % MULTIPLE:
             raise ConfigError(

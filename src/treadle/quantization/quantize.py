@@ -55,7 +55,7 @@ class Quantization(Transform):
 
     @torch.no_grad()
     def _packed(self, name: str, weight: Tensor) -> PackedWeight:
-        if not bool(weight.isfinite().all()):
+        if not (weight.is_meta or bool(weight.isfinite().all())):
             raise TreadleError(
                 f"{type(self).__name__}: the weight of `{name}` holds NaN or infinity; look for a "
                 "diverged run"

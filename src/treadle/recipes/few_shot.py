@@ -13,7 +13,7 @@ from treadle.recipes.personas import SEEN, UNSEEN, asked, questions
 from treadle.reports.report import Report
 from treadle.reports.side_by_side import SideBySide
 from treadle.train.fit import Fit
-from treadle.train.meta_train import MetaTrain, MetaTrained
+from treadle.train.meta_train import MetaTrain
 from treadle.train.run import Run, Trained
 
 
@@ -31,7 +31,7 @@ def few_shot() -> Pipeline:
     for persona in UNSEEN:
         for start, model, added in (
             ("plain", base, adapter),
-            ("meta", MetaTrained(step="meta"), ()),
+            ("meta", Trained(step="meta"), ()),
         ):
             run = few(f"{start}-{persona}", persona, model, added)
             steps += [run, asked(start, Trained(step=run.name), (persona,), name=run.name)]

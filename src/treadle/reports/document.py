@@ -20,6 +20,7 @@ from treadle.reports.stages import (
     path_of,
     samples_of,
     stages_of,
+    ways_of,
 )
 from treadle.reports.words import sentences
 
@@ -101,7 +102,9 @@ def seeds(config: Any, path: str = "") -> Iterator[tuple[str, int]]:
 
 
 def _ends(stages: list[Stage]) -> tuple[Stage, Stage] | None:
-    """The first and the last stage whose accuracy was measured."""
+    """The first and the last stage whose accuracy was measured, where one leads to the other."""
+    if len(ways_of(stages)) > 1:
+        return None
     measured = [s for s in path_of(stages) if headline(s) is not None]
     return (measured[0], measured[-1]) if len(measured) > 1 else None
 

@@ -16,7 +16,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from treadle.core.errors import FileFormatError, TreadleError
-from treadle.core.pipeline import BEGUN, MANIFEST, SPENT, read_manifest
+from treadle.core.execute import BEGUN, SPENT
+from treadle.core.pipeline import MANIFEST, read_manifest
 
 State = Literal["done", "interrupted", "begun", "outdated", "not run"]
 """begun: it runs now, or was killed; interrupted: it stopped with an error or Ctrl-C;

@@ -23,7 +23,7 @@ from treadle.core.files import write_text
 from treadle.core.pipeline import Summary, Workspace
 from treadle.reports import numbers
 from treadle.reports.folder import read_run
-from treadle.reports.stages import Stage, headline, path_of, stages_of
+from treadle.reports.stages import Stage, headline, stages_of
 
 TABLE = "table.md"
 _SEEDED = re.compile(r"(.+)-s(\d+)")
@@ -56,7 +56,7 @@ class SeedTable(Summary):
     minutes: float = Field(0.1, gt=0.0)
 
     def execute(self, workspace: Workspace) -> Mapping[str, Any]:
-        stages = path_of(stages_of(read_run(workspace.root, leave_out=self.name)))
+        stages = stages_of(read_run(workspace.root, leave_out=self.name))
         start, rows = spreads(stages)
         lines = seed_table(start, rows)
         write_text(workspace.folder / TABLE, "\n".join(lines) + "\n")
@@ -75,7 +75,7 @@ def spreads(stages: Sequence[Stage]) -> tuple[Stage | None, list[Spread]]:
     methods: dict[str, list[Stage]] = {}
     for stage in stages:
         found = _SEEDED.fullmatch(stage.subject)
-        if headline(stage) is None:
+        if stage.baseline or headline(stage) is None:
             continue
         if found:
             methods.setdefault(found[1], []).append(stage)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from treadle.core.results import EVALUATION, OVERALL, Z95, Figure, Sample, pooled
@@ -26,6 +26,8 @@ class Stage:
     subject: str
     baseline: bool
     results: Mapping[str, Figure] = field(default_factory=dict)
+    made_from: tuple[str, ...] = ()
+    """Earlier stages on the way to it."""
     evaluations: tuple[str, ...] = ()
     """Steps that measured it."""
     tokens_per_second: float | None = None
@@ -73,7 +75,12 @@ def stages_of(run: RunFolder) -> list[Stage]:
     for step in run.done():
         if step.metrics.get("kind") == EVALUATION:
             subjects.setdefault(str(step.metrics["subject"]), []).append(step)
-    stages = [_stage(_maker(name, steps, run), name, steps) for name, steps in subjects.items()]
+    makers = {name: _maker(name, steps, run) for name, steps in subjects.items()}
+    stages = [_stage(makers[name], name, steps) for name, steps in subjects.items()]
+    for place, stage in enumerate(stages):
+        line = _line(makers[stage.subject], run)
+        earlier = [s.subject for s in stages[:place] if not s.baseline]
+        stages[place] = replace(stage, made_from=tuple(n for n in earlier if makers[n] in line))
     return sorted(stages, key=lambda s: not s.baseline)
 
 
@@ -88,7 +95,14 @@ def columns_of(stages: Sequence[Stage]) -> list[Column]:
 
 def path_of(stages: Sequence[Stage]) -> list[Stage]:
     """The stages on the way to the final model."""
-    return [s for s in stages if not s.baseline]
+    models = [s for s in stages if not s.baseline]
+    return [s for s in models if s is models[-1] or s.subject in models[-1].made_from]
+
+
+def ways_of(stages: Sequence[Stage]) -> list[Stage]:
+    """Stages from which no other was made: where there are several, they are alternatives."""
+    passed = {name for s in stages for name in s.made_from}
+    return [s for s in stages if not s.baseline and s.subject not in passed]
 
 
 def headline(stage: Stage) -> Figure | None:
@@ -165,6 +179,18 @@ def _stage(maker: StepRecord | None, subject: str, evaluations: Sequence[StepRec
         energy=cost.get("energy"),
         making_peak_bytes=cost.get("peak_bytes"),
     )
+
+
+def _line(maker: StepRecord | None, run: RunFolder) -> list[StepRecord | None]:
+    """A step and all that it rests on; None stands for what came from outside, as all does."""
+    line: list[StepRecord | None] = [None]
+    left = [maker]
+    while left:
+        step = left.pop()
+        if step is not None and step not in line:
+            line.append(step)
+            left += map(run.step, step.manifest.get("reads", ()))
+    return line
 
 
 def _maker(subject: str, evaluations: Sequence[StepRecord], run: RunFolder) -> StepRecord | None:

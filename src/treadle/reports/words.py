@@ -7,7 +7,7 @@ from typing import Any
 
 from treadle.core.results import Figure
 from treadle.reports import numbers
-from treadle.reports.stages import Comparison, Stage, headline, path_of
+from treadle.reports.stages import Comparison, Stage, headline, path_of, ways_of
 
 LESS_IS_BETTER = ("perplexity", "bits/byte")
 """Units."""
@@ -28,8 +28,9 @@ def sentences(
     reasoning: Sequence[Mapping[str, Any]],
 ) -> list[str]:
     """What came of the run, what it cost, and what is not there yet."""
-    if any(s["kind"] == "SideBySide" for s in steps):
-        return [*order(stages), *_cost(steps), *_missing(steps)]
+    ways = ways_of(stages)
+    if len(ways) > 1 or any(s["kind"] == "SideBySide" for s in steps):
+        return [*_start(ways), *order(stages), *_cost(steps), *_missing(steps)]
     path = path_of(stages)
     finished = all(s["state"] == "done" for s in steps)
     said = _accuracy(path, comparison, "The final model" if finished else "The last model so far")
@@ -39,6 +40,15 @@ def sentences(
     if not said:
         said = _losses(training) or [f"Nothing of {name} has been measured yet."]
     return [*said, *_cost(steps), *_missing(steps)]
+
+
+def _start(ways: Sequence[Stage]) -> list[str]:
+    """What alternatives have in common."""
+    shared = [n for n in ways[0].made_from if all(n in w.made_from for w in ways)] if ways else []
+    if len(ways) < 2 or not shared:
+        return []
+    *others, last = (w.subject for w in ways)
+    return [f"{', '.join(others)} and {last} are alternatives: each starts from {shared[-1]}."]
 
 
 def order(stages: Sequence[Stage]) -> list[str]:

@@ -1,23 +1,18 @@
 """Documents that an answer is to rest on: the passages a model sees, and what it took from them.
 
-Of more passages than there is room for, the model sees those that score best for the question q:
-
-    score(p) = sum over w in q of  ln(1 + (N - n_w + 1/2) / (n_w + 1/2))
-                                   * f (k + 1) / (f + k (1 - b + b |p| / mean |p|)),  f of w in p
-
-BM25, Robertson and Walker 1994, with k = 1.5, b = 0.75, over N passages of which n_w have the word.
+Of more passages than there is room for, the model sees those that score best for the question by
+BM25 (`data/bm25.py`).
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from treadle.core.cards import Card
+from treadle.data.bm25 import WordIndex
 
 CARD = Card(
     id="deploy.ui.sources",
@@ -80,17 +75,10 @@ def chosen(
 
 def scores(given: Sequence[Passage], question: str) -> list[float]:
     """How well each passage, its title included, fits the question."""
-    counts = [Counter(_words(f"{p.title} {p.text}")) for p in given]
-    lengths = [max(1, count.total()) for count in counts]
-    mean = sum(lengths) / max(1, len(lengths))
-    found = [0.0] * len(given)
-    for word in set(_words(question)):
-        having = sum(word in count for count in counts)
-        rare = math.log(1 + (len(given) - having + 0.5) / (having + 0.5))
-        for place, (count, length) in enumerate(zip(counts, lengths, strict=True)):
-            often = count[word]
-            found[place] += rare * often * 2.5 / (often + 1.5 * (0.25 + 0.75 * length / mean))
-    return found
+    if not given:
+        return []
+    index = WordIndex([_words(f"{p.title} {p.text}") for p in given])
+    return [float(score) for score in index.scores(_words(question))]
 
 
 def shown(given: Sequence[Passage]) -> str:

@@ -35,6 +35,8 @@ from treadle.tokenizers.load import tokenizer_of
 from treadle.train.precision import Auto, Precision
 
 FISHER, ANCHOR = "fisher.safetensors", "anchor.safetensors"
+TARGETS = (nn.Linear, LinearLike)
+"""What masks are laid on."""
 
 
 class Fisher(Step):
@@ -83,6 +85,9 @@ class Remembered(ModelSource, Reads):
         remember(opened.model, load_file(folder / FISHER), load_file(folder / ANCHOR))
         return opened
 
+    def outline(self, workspace: Workspace) -> DecoderModel | None:
+        return self.model.outline(workspace)
+
 
 class FisherMasked(ModelSource, Reads):
     """A model of which those weights train whose Fisher information is largest (FISH mask)."""
@@ -98,6 +103,11 @@ class FisherMasked(ModelSource, Reads):
         masks = fisher_masks(opened.model, information, self.targets, self.density)
         with_masks(opened.model, masks, "FisherMasked")
         return opened
+
+    def outline(self, workspace: Workspace) -> None:
+        model = self.model.outline(workspace)
+        if model is not None:
+            match_modules(model, self.targets, TARGETS, owner="FisherMasked")
 
 
 def examples(source: Supervised, env: Env, count: int) -> Iterable[Batch]:
@@ -142,8 +152,7 @@ def fisher_masks(
     Raises:
         ConfigError: a target matches nothing or was not measured, or the density is too small.
     """
-    kinds = (nn.Linear, LinearLike)
-    names = list(match_modules(model, targets, kinds, owner="FisherMasked"))
+    names = list(match_modules(model, targets, TARGETS, owner="FisherMasked"))
     if missing := [n for n in names if f"{n}.weight" not in information]:
         raise ConfigError(
             f"FisherMasked: the step measured nothing for `{missing[0]}`; measure the plain model, "

@@ -11,11 +11,13 @@ from treadle.core.pipeline import (
     PIPELINE,
     Pipeline,
     Workspace,
+    find_step,
     is_run,
     read_manifest,
 )
+from treadle.models.decoder import DecoderModel
 from treadle.models.source import ModelSource, Opened
-from treadle.train.run import Training, open_trained
+from treadle.train.run import Training, as_training, open_trained
 
 
 class FromRun(ModelSource):
@@ -34,6 +36,11 @@ class FromRun(ModelSource):
             raise TreadleError(f"{folder} holds another model than when this was written")
         pipeline = read_pipeline(root)
         return open_trained(folder, Workspace(root, folder, pipeline, workspace.progress))
+
+    def outline(self, workspace: Workspace) -> DecoderModel | None:
+        root, pipeline = Path(self.folder), read_pipeline(Path(self.folder))
+        step = as_training(find_step(pipeline, self.step), f"{root / self.step}")
+        return step.outline(Workspace(root, root / self.step, pipeline, workspace.progress))
 
 
 def read_pipeline(root: Path) -> Pipeline:

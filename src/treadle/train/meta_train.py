@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,34 +15,33 @@ from pydantic import Field
 from torch import Tensor
 from torch.func import functional_call
 
-from treadle.core.config import parse
+from treadle.core.config import to_yaml
 from treadle.core.errors import ConfigError, TreadleError
-from treadle.core.pipeline import Reads, Step, Workspace
-from treadle.core.progress import Progress
+from treadle.core.pipeline import Workspace
 from treadle.data.batch import Batch, assemble
 from treadle.data.source import Env
 from treadle.data.supervised import Supervised, piece_of
 from treadle.models.decoder import DecoderModel
-from treadle.models.source import ModelSource, Opened, weight_bytes
-from treadle.models.transform import Transform
+from treadle.models.transform import transformed
 from treadle.objectives.causal import CausalLM
 from treadle.optim.optimizer import Optimizer
 from treadle.tokenizers.load import tokenizer_of
-from treadle.train.meta import Episode, MetaMethod, Reptile, Weights
+from treadle.train.hooks import StepReport
+from treadle.train.loop import repeat
+from treadle.train.meta import Episode, MetaMethod, Reptile, Weights, length
 from treadle.train.precision import Auto, Precision
-from treadle.train.rng import seed_everything
-from treadle.train.run import WEIGHTS, load_trained, save_trained, transformed
+from treadle.train.rng import RandomState, seed_everything
+from treadle.train.run import WEIGHTS, Training, save_trained
+from treadle.train.state import TrainState
 
 DIVERGED = 1.5
 """Losses of a blind guess from which the inner steps lead astray: fresh models begin at about 1."""
 
 
-class MetaTrain(Step):
+class MetaTrain(Training):
     """Meta-training of adapters over tasks, each a supply of conversations."""
 
     name: str = "meta"
-    model: ModelSource
-    transforms: tuple[Transform, ...] = ()
     tasks: tuple[Supervised, ...] = Field(min_length=2)
     method: MetaMethod = Reptile()
     optimizer: Optimizer
@@ -56,6 +54,7 @@ class MetaTrain(Step):
     """K."""
     inner_lr: float = Field(0.01, gt=0.0)
     precision: Precision = Auto()
+    checkpoint_every: int = Field(5, ge=1)
     seed: int = 0
 
     def execute(self, workspace: Workspace) -> Mapping[str, Any]:
@@ -72,88 +71,105 @@ class MetaTrain(Step):
             seed=self.seed,
             autocast=partial(precision.autocast, "cpu"),
         )
-        losses = self.train(env, workspace.progress)
-        (workspace.folder / "metrics.jsonl").write_text(
-            "".join(json.dumps({"step": i, "loss": x}) + "\n" for i, x in enumerate(losses, 1))
-        )
-        weights = {n: p.detach() for n, p in model.named_parameters()}
-        save_trained(model, weights, workspace.folder / WEIGHTS)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.train(env, workspace)
+        save_trained(model, dict(model.named_parameters()), workspace.folder / WEIGHTS)
         return {
-            "kind": "meta",
-            "loss": losses[-1],
+            "kind": "train",
+            "metrics_file": "metrics.jsonl",
             "steps": self.steps,
-            "parameters_trained": trained,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         }
 
-    def train(self, env: Env, progress: Progress) -> list[float]:
-        """Train what requires gradients; the query loss of each step.
+    def train(self, env: Env, workspace: Workspace) -> None:
+        """Train what requires gradients, with checkpoints in the workspace's folder.
 
         Raises:
             ConfigError: nothing trains, or a task has too few conversations.
             TreadleError: the loss is no number any more, or worse than a blind guess.
         """
-        named = [(n, p) for n, p in env.model.named_parameters() if p.requires_grad]
+        named = {n: p for n, p in env.model.named_parameters() if p.requires_grad}
         if not named:
             raise ConfigError("MetaTrain: nothing trains; add a transform such as LoRA")
-        optimizer = self.optimizer.build(named)
-        random = np.random.default_rng(self.seed)
-        loss, blind = LossOf(env), math.log(env.model.config.vocab)
-        losses: list[float] = []
-        with progress.task(self.name, self.steps) as task:
-            for step in range(self.steps):
-                chosen = random.choice(len(self.tasks), self.tasks_per_step)
-                episodes = [self._episode(env, self.tasks[int(i)], random) for i in chosen]
-                found = self.method(loss, dict(named), episodes, self.inner_lr)
-                if not np.isfinite(found.query_loss):
-                    raise TreadleError(
-                        f"MetaTrain: the loss of step {step} is {found.query_loss}; lower inner_lr"
-                    )
-                if found.query_loss > DIVERGED * blind:
-                    raise TreadleError(
-                        f"MetaTrain: after the inner steps of step {step} the loss is "
-                        f"{found.query_loss:.1f}, and a blind guess has {blind:.1f}: they "
-                        "diverge; lower inner_lr"
-                    )
-                for name, parameter in named:
-                    parameter.grad = found.gradients[name]
-                optimizer.step()
-                losses.append(found.query_loss)
-                task.update(step + 1, note=f"query loss {found.query_loss:.3f}")
-        return losses
+        optimizer = self.optimizer.build(list(named.items()))
+        episodes, loss = Episodes(self, env), LossOf(env)
 
-    def _episode(self, env: Env, source: Supervised, random: np.random.Generator) -> Episode:
+        def take(step: int) -> StepReport:
+            started, given = time.monotonic(), next(episodes)
+            found = self.method(loss, named, given, self.inner_lr)
+            self._require_sound(found.query_loss, step, math.log(env.model.config.vocab))
+            for name, parameter in named.items():
+                parameter.grad = found.gradients[name]
+            optimizer.step()
+            return StepReport(
+                step=step,
+                steps=self.steps,
+                loss=found.query_loss,
+                lr=float(optimizer.param_groups[0]["lr"]),
+                grad_norm=float(length(found.gradients)),
+                tokens=sum(map(_tokens, given)),
+                seconds=time.monotonic() - started,
+            )
+
+        repeat(
+            take,
+            steps=self.steps,
+            checkpoint_every=self.checkpoint_every,
+            state=TrainState(
+                model=env.model,
+                optimizer=optimizer,
+                stream=episodes,
+                parts={"random": RandomState()},
+                config=to_yaml(self),
+            ),
+            name=self.name,
+            workspace=workspace,
+        )
+
+    def _require_sound(self, loss: float, step: int, blind: float) -> None:
+        if not math.isfinite(loss):
+            raise TreadleError(f"MetaTrain: the loss of step {step} is {loss}; lower inner_lr")
+        if loss > DIVERGED * blind:
+            raise TreadleError(
+                f"MetaTrain: after the inner steps of step {step} the loss is {loss:.1f}, and a "
+                f"blind guess has {blind:.1f}: they diverge; lower inner_lr"
+            )
+
+
+class Episodes:
+    """The tasks of one meta-step after the other, drawn at random; its place can be saved."""
+
+    def __init__(self, config: MetaTrain, env: Env) -> None:
+        self.config, self.env = config, env
+        self.random = np.random.default_rng(config.seed)
+
+    def __next__(self) -> list[Episode]:
+        tasks = self.config.tasks
+        chosen = self.random.choice(len(tasks), self.config.tasks_per_step)
+        return [self._episode(tasks[int(i)]) for i in chosen]
+
+    def state(self) -> dict[str, Any]:
+        return {"random": dict(self.random.bit_generator.state)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.random.bit_generator.state = state["random"]
+
+    def _episode(self, source: Supervised) -> Episode:
         """Different conversations of one task for each inner step, and others to be judged by."""
-        count = (self.inner_steps + 1) * self.shots
+        shots = self.config.shots
+        count = (self.config.inner_steps + 1) * shots
         known = source.conversations.count()
         if known is not None and known < count:
             raise ConfigError(
                 f"MetaTrain: an episode takes {count} conversations of a task, but one has only "
                 f"{known}; lower `shots` or `inner_steps`"
             )
-        drawn = random.choice(known or 2**31, count, replace=known is None)
+        drawn = self.random.choice(known or 2**31, count, replace=known is None)
         numbers = [int(number) for number in drawn]
         batches = [
-            batch_of(source, numbers[i : i + self.shots], env) for i in range(0, count, self.shots)
+            batch_of(source, numbers[i : i + shots], self.env) for i in range(0, count, shots)
         ]
         return Episode(batches[:-1], batches[-1])
-
-
-class MetaTrained(ModelSource, Reads):
-    """The start that an earlier `MetaTrain` found, with its transforms."""
-
-    def open(self, workspace: Workspace) -> Opened:
-        folder = workspace.output(self.step)
-        step = parse(
-            workspace.manifest(self.step)["config"],
-            expect=MetaTrain,
-            where=lambda path: str(folder / "manifest.json"),
-        )
-        opened = step.model.open(workspace)
-        model = transformed(opened.model, step.transforms)
-        load_trained(model, folder / WEIGHTS)
-        size = (opened.bytes_on_disk or 0) + weight_bytes(folder / WEIGHTS)
-        return replace(opened, model=model, bytes_on_disk=size)
 
 
 class LossOf:
@@ -186,3 +202,7 @@ def batch_of(source: Supervised, numbers: Sequence[int], env: Env) -> Batch:
     """These conversations in one batch."""
     chats = (source.conversations.conversation(i) for i in numbers)
     return assemble([piece_of(chat, source, env.tokenizer) for chat in chats])
+
+
+def _tokens(episode: Episode) -> int:
+    return sum(batch.layout.tokens for batch in (*episode.support, episode.query))

@@ -20,12 +20,12 @@ from torch import Tensor
 from treadle.core.config import Config, parse, to_yaml
 from treadle.core.errors import FileFormatError, TreadleError
 from treadle.core.files import atomic_file, write_json
-from treadle.core.pipeline import Reads, Step, Workspace, read_manifest
+from treadle.core.pipeline import Reads, Step, Workspace, find_step, read_manifest
 from treadle.data.source import Env, Source
 from treadle.kernels.heap import keep_tensors_apart, release_tensors
 from treadle.models.decoder import DecoderModel
-from treadle.models.source import ModelSource, Opened, weight_bytes
-from treadle.models.transform import Transform
+from treadle.models.source import ModelSource, Opened, outlined, weight_bytes
+from treadle.models.transform import Transform, transformed
 from treadle.objectives.objective import Objective
 from treadle.optim.optimizer import Optimizer, Schedule
 from treadle.optim.schedules import Cosine
@@ -45,6 +45,17 @@ class Training(Step):
 
     model: ModelSource
     transforms: tuple[Transform, ...] = ()
+
+    def check(self, workspace: Workspace) -> None:
+        self.outline(workspace)
+
+    def outline(self, workspace: Workspace) -> DecoderModel | None:
+        """What it will train, without values, where that is known before it is trained.
+
+        Raises:
+            TreadleError: there is no such model, or a transform does not fit it.
+        """
+        return outlined(self.model, self.transforms, workspace)
 
 
 class Run(Training):
@@ -137,6 +148,10 @@ class Trained(ModelSource, Reads):
     def open(self, workspace: Workspace) -> Opened:
         return open_trained(workspace.output(self.step), workspace)
 
+    def outline(self, workspace: Workspace) -> DecoderModel | None:
+        step = find_step(workspace.pipeline, self.step)
+        return as_training(step, f"`{self.step}`").outline(workspace)
+
 
 def open_trained(folder: Path, workspace: Workspace) -> Opened:
     """The model of a finished training step, base and transforms included.
@@ -146,9 +161,8 @@ def open_trained(folder: Path, workspace: Workspace) -> Opened:
         FileFormatError: its weights do not fit its configuration.
     """
     config = read_manifest(folder)["config"]
-    run = parse(config, expect=Config, where=lambda path: str(folder / "manifest.json"))
-    if not isinstance(run, Training):
-        raise TreadleError(f"{folder} is a {config['kind']} step: it trained no model")
+    step = parse(config, expect=Config, where=lambda path: str(folder / "manifest.json"))
+    run = as_training(step, str(folder))
     opened = run.model.open(workspace)
     model = transformed(opened.model, run.transforms)
     load_trained(model, folder / WEIGHTS)
@@ -156,10 +170,15 @@ def open_trained(folder: Path, workspace: Workspace) -> Opened:
     return Opened(model, opened.origin, opened.metadata, size)
 
 
-def transformed(model: DecoderModel, transforms: tuple[Transform, ...]) -> DecoderModel:
-    for transform in transforms:
-        model = transform(model)
-    return model
+def as_training(step: Config, name: str) -> Training:
+    """The step, if it is one that trains.
+
+    Raises:
+        TreadleError: it is another.
+    """
+    if not isinstance(step, Training):
+        raise TreadleError(f"{name} is a {type(step).__name__} step: it trains no model")
+    return step
 
 
 def save_trained(model: DecoderModel, weights: Mapping[str, Tensor], path: Path) -> None:

@@ -12,11 +12,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from treadle.core.cards import Card
+from treadle.core.config import Config
 from treadle.core.errors import ConfigError
 from treadle.kernels.attention import AttentionRule
 from treadle.nn.context import Context
 from treadle.nn.mixers.mixer import Mixer
-from treadle.nn.norms import Norm
+from treadle.nn.norms import Norm, RMSNorm
 from treadle.nn.positions import Positions
 from treadle.nn.rope import RoPE
 
@@ -38,6 +39,12 @@ CARDS = (
 )
 
 
+class AcrossHeads(Config):
+    """One norm over all heads."""
+
+    norm: Norm = RMSNorm()
+
+
 class Attention(Mixer):
     """Softmax attention."""
 
@@ -48,8 +55,9 @@ class Attention(Mixer):
     """Width of a head; None means dim / heads."""
     positions: Positions = RoPE()
     window: int | None = None
-    qk_norm: Norm | None = None
-    """Normalises each head's queries and keys before rotation (Qwen 3, Gemma 3)."""
+    qk_norm: Norm | AcrossHeads | None = None
+    """Normalises queries and keys before rotation: those of each head (Qwen 3, Gemma 3), or all
+    heads' together (OLMoE)."""
     softcap: float | None = None
     scale: float | None = None
     """Factor on q.k; None means head_dim ** -0.5."""
@@ -85,8 +93,8 @@ class AttentionLayer(nn.Module):
         self.k = nn.Linear(dim, self.kv_heads * self.head_dim, bias=config.qkv_bias)
         self.v = nn.Linear(dim, self.kv_heads * self.head_dim, bias=config.qkv_bias)
         self.o = nn.Linear(self.heads * self.head_dim, dim, bias=config.out_bias)
-        self.q_norm = config.qk_norm.build(self.head_dim) if config.qk_norm else None
-        self.k_norm = config.qk_norm.build(self.head_dim) if config.qk_norm else None
+        self.q_norm = _norm(config.qk_norm, self.heads, self.head_dim)
+        self.k_norm = _norm(config.qk_norm, self.kv_heads, self.head_dim)
 
     def forward(self, x: Float[Tensor, "N dim"], context: Context) -> Float[Tensor, "N dim"]:
         q = self.q(x).unflatten(-1, (self.heads, self.head_dim))
@@ -96,3 +104,19 @@ class AttentionLayer(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = self.config.positions.rotate(q, k, context)
         return self.o(context.attend(self.layer, q, k, v, self.rule).flatten(-2))  # type: ignore[no-any-return]
+
+
+def _norm(config: Norm | AcrossHeads | None, heads: int, head_dim: int) -> nn.Module | None:
+    if isinstance(config, AcrossHeads):
+        return AcrossHeadsNorm(config.norm.build(heads * head_dim))
+    return None if config is None else config.build(head_dim)
+
+
+class AcrossHeadsNorm(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Float[Tensor, "N H D"]) -> Float[Tensor, "N H D"]:
+        y: Tensor = self.norm(x.flatten(-2)).view_as(x)
+        return y
