@@ -316,6 +316,17 @@ def test_a_grouped_convolution_is_refused() -> None:
         LoRA(rank=2, targets=("0",))(nn.Sequential(nn.Conv1d(4, 4, 3, groups=4)))
 
 
+def test_uniform_start() -> None:
+    """Within 1 / sqrt(n), of n inputs a channel, and out to there."""
+    torch.manual_seed(0)
+    config = LoRA(rank=8, targets=("0",))
+    for base in (nn.Linear(900, 20), nn.Conv1d(300, 20, 3), nn.Conv2d(100, 20, 3)):
+        layer = config(nn.Sequential(base))[0]
+        assert layer.A.abs().max().item() == pytest.approx(1 / 30, rel=1e-3)
+        assert layer.A.std().item() == pytest.approx(1 / 30 / 3**0.5, rel=0.05)
+        assert not layer.B.any()
+
+
 def test_gaussian_start() -> None:
     torch.manual_seed(0)
     layer = LoRALinear(nn.Linear(2000, 300), LoRA(rank=8, init=Gaussian()))
