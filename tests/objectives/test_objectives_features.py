@@ -14,6 +14,7 @@ from treadle.data.batch import Batch, Piece, assemble
 from treadle.models.decoder import DecoderModel
 from treadle.nn.context import Packed
 from treadle.nn.layout import Layout
+from treadle.nn.mixers.attention import Attention
 from treadle.objectives.attention_transfer import AttentionMaps, ValueRelations
 from treadle.objectives.distil import Distil, TaughtBatch
 from treadle.objectives.hidden_states import (
@@ -123,6 +124,33 @@ def divergence(scores_t: torch.Tensor, scores_s: torch.Tensor, row: int) -> torc
     return (p * (p.log() - q.log())).sum()
 
 
+def shared_keys(model: DecoderModel, heads: int, kv_heads: int) -> DecoderModel:
+    """The same shape of model with several heads on one key."""
+    (block,) = set(model.config.blocks)
+    blocks = (block.replace(mixer=Attention(heads=heads, kv_heads=kv_heads)),)
+    return moved(model.config.replace(blocks=blocks * len(model.blocks)).build())
+
+
+def test_heads_that_share_keys() -> None:
+    """Student and teacher share them unequally: head h of either sees key h // (heads a key)."""
+    ours, theirs = (shared_keys(tiny_model(), 4, 2) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    wise = shared_keys(tiny_model(seed=8, layers=4, dim=24), 4, 1)
+    batch = lesson(wise)
+    output = Distil(terms=(AttentionMaps(layer=1),))(ours, batch)
+    total = torch.zeros(())
+    for tokens, rows in alone(batch):
+        mine = observe(theirs, assemble_one(tokens), attention=(1,)).attention[1]
+        with torch.no_grad():
+            goal = observe(wise, assemble_one(tokens), attention=(2,)).attention[2]
+        for i, w in rows:
+            for h in range(4):
+                t = goal.q[:, h] @ goal.k[:, 0].T / math.sqrt(6)
+                s = mine.q[:, h] @ mine.k[:, h // 2].T / math.sqrt(4)
+                total = total + w * divergence(t, s, i) / 4
+    compare(ours, output.total / output.weight, theirs, total / batch.weights.sum())
+
+
 @pytest.mark.parametrize("relation_heads", [2, 4])
 def test_attention_matches_minilm_formula(relation_heads: int) -> None:
     """Equations 7 to 10 of MiniLM for each document alone: maps of two heads, value relations."""
@@ -131,7 +159,7 @@ def test_attention_matches_minilm_formula(relation_heads: int) -> None:
     output = Distil(terms=terms)(ours, batch)
     total = torch.zeros(())
     for tokens, rows in alone(batch):
-        small = Batch(**{f.name: getattr(assemble_one(tokens), f.name) for f in fields(Batch)})
+        small = assemble_one(tokens)
         mine = observe(theirs, small, attention=(1,)).attention[1]
         with torch.no_grad():
             goal = observe(teacher(), small, attention=(2,)).attention[2]

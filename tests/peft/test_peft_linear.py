@@ -64,6 +64,12 @@ def test_any_number_of_axes(kind: Adapter) -> None:
     assert not torch.allclose(expected, layer.base(x), atol=0.1)
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(layer(x[0, 0, 0]), expected[0, 0, 0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(layer.effective_weight(), plain.weight)
+    assert torch.equal(layer.effective_bias(), plain.bias)
+    layer.enabled = False
+    assert torch.equal(layer(x), layer.base(x))
+    assert torch.equal(layer.effective_weight(), layer.base.weight)
+    assert torch.equal(layer.effective_bias(), layer.base.bias)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: type(kind).__name__)

@@ -270,6 +270,9 @@ def test_embedding_adapter_equals_its_table() -> None:
     nn.init.normal_(layer.A)
     ids = torch.tensor([[1, 2], [9, 1]])
     torch.testing.assert_close(layer(ids), layer.merged()(ids))
+    assert torch.equal(layer.weight, layer.merged().weight)
+    layer.enabled = False
+    assert torch.equal(layer.weight, layer.base.weight)
 
 
 CONVOLUTIONS = [
