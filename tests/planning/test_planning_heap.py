@@ -59,6 +59,17 @@ def test_numbers_of_requests() -> None:
     assert found.ask(5) == 3
     assert list(found.entries) == [10, 20, -1, 5]
     assert alive(found.entries) == 30
+    found.give_back(3)
+    assert found.ask(11) == 4
+    assert found.ask(1) == 5
+    assert alive(found.entries) == 32
+
+
+@glibc
+def test_a_block_with_pages_of_its_own_is_held_to_the_page() -> None:
+    big = 8 * 1024 * KB
+    assert big < held(requests(big)) <= big + 2 * 4 * KB
+    assert held(requests(big, -1, big, -2, big - 64 * KB)) < 1.05 * big
 
 
 @glibc
