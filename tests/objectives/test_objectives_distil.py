@@ -187,6 +187,9 @@ def test_mixture_is_the_sum_of_its_terms() -> None:
     expected = 0.3 * hard.total / hard.weight + 0.7 * soft.total / soft.weight
     compare(ours, output.total / output.weight, theirs, expected)
     assert set(output.metrics) == {"hard_labels", "soft_labels"}
+    assert not any(value.requires_grad for value in output.metrics.values())
+    several = Distil(terms=(SoftLabels(), HardLabels(), SoftLabels(divergence=ReverseKL())))
+    assert set(several(ours, batch).metrics) == {"soft_labels_0", "hard_labels", "soft_labels_2"}
 
 
 def test_student_that_is_its_teacher_has_no_loss() -> None:
