@@ -48,6 +48,7 @@ def test_penalty_by_hand() -> None:
         expected, rel=1e-4
     )
     assert float(output.metrics["spring"] / output.weight) == pytest.approx(expected, rel=1e-4)
+    assert not any(value.requires_grad for value in output.metrics.values())
     ours = torch.autograd.grad(output.total - plain.total, list(names.values()))
     for (name, parameter), gradient in zip(names.items(), ours, strict=True):
         pull = sum(3.0 * F_[t][name] * (parameter - anchor[t][name]) for t in range(2))

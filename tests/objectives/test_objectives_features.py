@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from deaf import Deaf
 from train.tiny import documents, tiny_model
 
 from treadle.core.errors import ConfigError, TreadleError
@@ -44,7 +45,8 @@ def teacher() -> DecoderModel:
 
 @torch.no_grad()
 def lesson(model: DecoderModel, states=(0, 3), attention: int = 2) -> TaughtBatch:
-    batch = assemble(documents(0, 5))
+    batch = assemble([*(counting(n) for n in (10, 9, 8)), *documents(0, 5)])
+    assert any((bucket.queries < 0).any() for bucket in batch.layout.buckets)  # padded rows
     batch = replace(batch, weights=torch.rand(len(batch.weights)))
     seen = observe(model, batch, states=states, attention=(attention,))
     looked = seen.attention[attention]
@@ -56,6 +58,11 @@ def lesson(model: DecoderModel, states=(0, 3), attention: int = 2) -> TaughtBatc
         teacher_v=looked.v,
         teacher_scale=looked.rule.scale,
     )
+
+
+def counting(length: int) -> Piece:
+    """Learned from its first token on."""
+    return Piece(list(range(length, 2 * length)), [True] * length)
 
 
 def blocks(model: DecoderModel, tokens: torch.Tensor) -> list[torch.Tensor]:
@@ -99,6 +106,8 @@ def test_hidden_states_match_tinybert_formula(distance) -> None:
     ours, theirs = (StudentProjection(width=24)(student()) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
     assert ours.projection.weight.requires_grad
+    fresh = StudentProjection(width=500)(student()).projection.weight
+    assert fresh.std().item() == pytest.approx(16**-0.5, rel=0.05)
     batch = lesson(teacher())
     output = Distil(terms=(HiddenStates(layers=(0, 1), distance=distance),))(ours, batch)
     total = torch.zeros(())
@@ -204,6 +213,13 @@ def test_bad_terms() -> None:
     odd = replace(batch, teacher_q=torch.randn(len(batch.tokens), 3, 8))
     with pytest.raises(TreadleError, match=r"AttentionMaps: the student has 2 heads.*teacher 3"):
         Distil(terms=(AttentionMaps(layer=1),))(student(), odd)
+    odd = replace(batch, teacher_v=torch.randn(len(batch.tokens), 3, 8))
+    with pytest.raises(TreadleError, match=r"ValueRelations: the student has 2.*the teacher 3"):
+        Distil(terms=(ValueRelations(layer=1),))(student(), odd)
+    blind = student().config
+    blind = blind.replace(blocks=(blind.blocks[0], blind.blocks[1].replace(mixer=Deaf())))
+    with pytest.raises(ConfigError, match="layer 1 does not attend: watch another one"):
+        Distil(terms=(AttentionMaps(layer=1),))(blind.build(), batch)
     none = replace(batch, teacher_states=None)
     with pytest.raises(TreadleError, match=r"set `lesson` of the source Taught to Live\(states"):
         Distil(terms=(HiddenStates(layers=(1,)),))(student(), none)

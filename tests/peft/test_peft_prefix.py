@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from deaf import Deaf
 from peft_pair import TOKENS, logits, tiny, trained, transformers_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,7 +21,6 @@ from treadle.models.gpt2 import gpt2
 from treadle.models.transform import Transform
 from treadle.nn.context import Context, Packed
 from treadle.nn.layout import Layout
-from treadle.nn.mixers.mixer import Mixer
 from treadle.peft.files import save_adapter
 from treadle.peft.lora import LoRA
 from treadle.peft.prefix import PrefixTuning, prefix_of
@@ -231,18 +231,6 @@ def test_learned_positions_go_on_behind_the_prompt() -> None:
     with torch.no_grad():
         prefix_of(model).virtual.table.copy_(model.embedding(TOKENS[1, :3]))
     torch.testing.assert_close(model(TOKENS[0]), whole, rtol=1e-4, atol=1e-4)
-
-
-class DeafLayer(nn.Module):
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        return x
-
-
-class Deaf(Mixer):
-    """Lets no token see another."""
-
-    def build(self, dim: int, layer: int) -> nn.Module:
-        return DeafLayer()
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
