@@ -77,6 +77,7 @@ def test_only_attention_trains_and_it_can_be_switched_off() -> None:
     model = fused(*EXPERTS)
     assert {name.rpartition(".")[2] for name in trained(model)} == {"Q", "K", "V"}
     assert len(trained(model)) == 6
+    assert not any(buffer.requires_grad for buffer in model.buffers())
     with disabled(model):
         assert torch.equal(logits(model), logits(tiny()))
     LoRA(rank=2, targets=("q",))(model)

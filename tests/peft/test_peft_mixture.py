@@ -13,6 +13,7 @@ from treadle.models.decoder import DecoderModel
 from treadle.nn.context import Packed
 from treadle.nn.layout import Layout
 from treadle.peft.adapter import disabled, merge
+from treadle.peft.experts import check_same_base
 from treadle.peft.ia3 import IA3
 from treadle.peft.lora import LoRA, LoRALinear
 from treadle.peft.low_rank import RankStabilised
@@ -185,6 +186,14 @@ def test_mistakes_are_named() -> None:
         merge(mixed(TokenRouting()))
     with pytest.raises(ConfigError, match="expert 1 has no prompts"):
         fit_router(tiny(), [[[1, 2]], []])
+
+
+def test_a_base_that_was_only_rounded_is_the_same() -> None:
+    first, other = tiny(), tiny()
+    with torch.no_grad():
+        for model in (first, other):
+            model.embedding.weight.mul_(100)
+    check_same_base(first, other.bfloat16(), "MixtureOfAdapters", 2)
 
 
 def test_a_switch_is_one_write() -> None:
