@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_generation import byte_tokenizer, tiny_model
 
+from treadle.alignment.advantages import GroupCentred
 from treadle.alignment.episodes import Environment, Heard, Play, Seat
 from treadle.alignment.negotiation import (
     Bargaining,
@@ -24,10 +29,12 @@ from treadle.alignment.played import Lane, Played, lanes_batch, lanes_of
 from treadle.data.records import Messages, user
 from treadle.data.source import Env
 from treadle.data.supervised import Supervised
+from treadle.inference.request import Completion, Request
 from treadle.inference.sampling import Sampling
+from treadle.models.decoder import DecoderModel, LinearHead
 from treadle.models.llama import tiny_llama
 from treadle.objectives.causal import CausalLM
-from treadle.objectives.policy import GRPO
+from treadle.objectives.policy import GRPO, PerToken
 from treadle.optim.adamw import AdamW
 from treadle.optim.schedules import Constant
 from treadle.tokenizers.train import ByteLevelBPE
@@ -235,6 +242,99 @@ def test_a_seat_that_never_spoke_moves_nothing() -> None:
     told = ((1.0, 1), (0.0, 0), (0.5, 2))
     seats = [Seat([], reward=r, logprobs=[0.0] * spoke) for r, spoke in told]
     assert Lane(tuple(seats)).rewards == [1.0, 0.75, 0.5]
+
+
+SAID = {"T": offer_text((2,)), "A": "Accept."}
+# All plays of such words about three hats, three words at most, and what they bring each seat.
+PLAYS = {"A": (0, 0), "TA": (2 / 3, 1 / 3), "TTA": (1 / 3, 2 / 3), "TTT": (0, 0)}
+
+
+@dataclass(eq=False)
+class Scripted:
+    """Says what it is told to say, each word a token, and remembers what it was asked."""
+
+    model: DecoderModel
+    asked: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    lines: tuple[str, ...] = ()
+    turn: int = 0
+
+    def __call__(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        groups: dict[str, list[str]] = {}
+        for line in self.lines:
+            if len(line) > self.turn:
+                groups.setdefault(line[: self.turn], []).append(line[self.turn])
+        self.turn += 1
+        assert [r.n for r in requests] == [len(words) for words in groups.values()]
+        answers = []
+        for request, (before, words) in zip(requests, groups.items(), strict=True):
+            self.asked[before] = request.prompt
+            answers.append([self.say(word, before) for word in words])
+        return answers
+
+    def say(self, word: str, before: str) -> Completion:
+        return Completion((ord(word),), SAID[word], (self.known(word, before),), "stop")
+
+    @cache  # noqa: B019
+    def known(self, word: str, before: str) -> float:
+        return self.chance(word, before).item()
+
+    def chance(self, word: str, before: str) -> torch.Tensor:
+        """log pi of a word after others."""
+        row = torch.tensor(self.asked[before])
+        return self.model.logits(self.model(row)[-1:])[0].log_softmax(-1)[ord(word)]
+
+    def likelihood(self, line: str) -> float:
+        return math.exp(sum(self.known(word, line[:i]) for i, word in enumerate(line)))
+
+
+def test_each_seat_climbs_its_own_expected_payoff(tmp_path: Path) -> None:
+    """What a step follows, averaged over all groups of three plays, is dJ in closed form.
+
+    Seat s climbs J_s, the other's words held fixed. Of G plays k hear seat 1: centring makes of
+    the exact gradients (G - 1) dJ_0 and E[max(k - 1, 0)] / P(it speaks) dJ_1.
+    """
+    torch.manual_seed(0)
+    decoder = tiny_llama(257, dim=16, layers=1, heads=2, hidden=32, context=256)
+    model = decoder.replace(head=LinearHead(bias=True), std=0.5).build()
+    with torch.no_grad():  # no other word has a chance
+        model.head.bias.fill_(-1e4)
+        model.head.bias[[ord(word) for word in SAID]] = 0.0
+    parameters, scripted = list(model.parameters()), Scripted(model)
+    game = Negotiation(kinds=1, most=3, offers=3)
+    deal = next(i for i in itertools.count() if game.deal(i).counts == (3,))
+    source = self_play().replace(
+        environment=game, prompts=1, completions=3, advantage=GroupCentred()
+    )
+    tokenizer = byte_tokenizer().with_template(TEMPLATE)
+    stream = source.open(Env(model=model, tokenizer=tokenizer, scratch=tmp_path))
+    stream.table = replace(stream.table, sample=scripted)
+
+    found = [torch.zeros_like(p) for p in parameters]
+    for lines in itertools.product(PLAYS, repeat=3):
+        if len({PLAYS[line] for line in lines}) == 1:
+            continue  # teaches nothing, and would be drawn anew
+        scripted.lines, scripted.turn, stream.drawn = lines, 0, deal
+        (batch,) = next(stream).batches
+        output = GRPO(normalisation=PerToken())(model, batch)
+        assert float(output.metrics["mismatch"]) < 1e-4
+        weight = math.prod(scripted.likelihood(line) for line in lines)
+        for total, part in zip(found, torch.autograd.grad(output.total, parameters), strict=True):
+            total -= weight * part
+    assert sum(scripted.likelihood(line) for line in PLAYS) == pytest.approx(1.0, abs=1e-5)
+
+    speaks = 1 - scripted.likelihood("A")
+    factors = 2.0, (3 * speaks - 1 + (1 - speaks) ** 3) / speaks
+    goal = torch.zeros(())
+    for line, payoffs in PLAYS.items():
+        words = [scripted.chance(word, line[:i]) for i, word in enumerate(line)]
+        for seat in (0, 1):
+            own = sum(words[seat::2], torch.zeros(()))
+            others = sum(words[1 - seat :: 2], torch.zeros(())).detach()
+            goal = goal + factors[seat] * payoffs[seat] * (own + others).exp()
+    for (name, _), mine, exact in zip(
+        model.named_parameters(), found, torch.autograd.grad(goal, parameters), strict=True
+    ):
+        torch.testing.assert_close(mine, exact, rtol=1e-3, atol=1e-6, msg=name)
 
 
 @pytest.mark.slow
