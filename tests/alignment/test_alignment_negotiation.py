@@ -125,10 +125,24 @@ def test_held_out_deals_are_others() -> None:
 
 
 def test_scripts_keep_the_rules() -> None:
-    """Both conversations of a play tell one story, which ends in a deal more often than not."""
+    """Both conversations of a play tell one story, which ends in a deal more often than not.
+
+    A player takes what is left to it where that is half of its all, and less in later turns; it
+    asks for what it likes before what it does not.
+    """
     game, agreed = Negotiation(), 0
+    liked, disliked = [], []
     for number in range(60):
         spoken = script(game, number, random.Random(f"0/{number}"))
+        deal = game.deal(number)
+        for turn, said in enumerate(spoken):
+            left = offer_of(spoken[turn - 1], deal.counts) if turn else None
+            fair = left is not None and deal.payoff(turn % 2, deal.rest(left)) >= 0.5 - 0.15 * turn
+            assert (said == "Accept.") == fair
+            wanted = offer_of(said, deal.counts)
+            for place, n in enumerate(wanted or ()):
+                side = liked if deal.worth[turn % 2][place] > 2 else disliked
+                side.append(n / deal.counts[place])
         heard = play(game.deal(number), spoken)
         assert heard.next is None or len(spoken) == game.offers
         agreed += sum(heard.rewards) > 0
@@ -139,6 +153,8 @@ def test_scripts_keep_the_rules() -> None:
         assert [m.content for m in second[1:] if m.role == "assistant"] == spoken[1::2]
         assert second[1].content == f"The other says: {spoken[0]}"
     assert agreed > 40
+    assert 0.5 < sum(liked) / len(liked) < 0.7
+    assert 0.3 < sum(disliked) / len(disliked) < 0.5
 
 
 WORDS = ("Accept.", *(offer_text((n,)) for n in range(4)))
@@ -237,6 +253,7 @@ def test_each_seat_learns_from_its_own_payoff(tmp_path: Path) -> None:
     )
     episodes = source.open(env).roll()
     lanes = lanes_of(episodes, 8)
+    assert all(sum(bool(seat.logprobs) for seat in lane.seats) > 1 for lane in lanes)
     order = {id(seat): place for e in episodes for place, seat in enumerate(e.seats)}
     assert len(lanes) > 8
     for lane in lanes:
@@ -287,6 +304,7 @@ class Scripted:
             if len(line) > self.turn:
                 groups.setdefault(line[: self.turn], []).append(line[self.turn])
         self.turn += 1
+        assert not self.model.training
         assert [r.n for r in requests] == [len(words) for words in groups.values()]
         self.asked |= {b: r.prompt for b, r in zip(groups, requests, strict=True)}
         return [[self.say(word, b) for word in words] for b, words in groups.items()]
@@ -328,6 +346,7 @@ def test_each_seat_climbs_its_own_expected_payoff(tmp_path: Path) -> None:
             continue  # teaches nothing, and would be drawn anew
         scripted.lines, scripted.turn, stream.drawn = lines, 0, deal
         (batch,) = next(stream).batches
+        assert model.training
         output = GRPO(normalisation=PerToken())(model, batch)
         assert float(output.metrics["mismatch"]) < 1e-4
         weight = math.prod(scripted.likelihood(line) for line in lines)
