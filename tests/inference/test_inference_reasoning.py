@@ -124,6 +124,9 @@ def test_least_to_most_answers_the_parts_first() -> None:
         "How many pets?",
     ]
     assert thought.tokens == sum(mind.spent.values())
+    rare = Scripted(lambda ask, k: "One?" if "not answer" in ask.turns[-1]["content"] else "1")
+    few = LeastToMost(parts=3)(rare, [asked("?"), asked("!")])
+    assert [t.trace for t in few] == [("One?", "1")] * 2
     assert listed("So:\n* a\n2. b\n\n c ") == ["a", "b", "c"]
 
 
