@@ -113,6 +113,9 @@ def test_least_to_most_answers_the_parts_first() -> None:
     talk = (*asked("Hi"), {"role": "assistant", "content": "Hello"}, *asked("How many pets?"))
     (thought,) = LeastToMost(parts=2)(mind, [talk])
     assert thought.answer == "5"
+    plan = [t["content"] for t in mind.heard[0].turns]
+    assert plan[:2] == ["Hi", "Hello"]
+    assert plan[2].startswith("How many pets?\n\nDo not answer yet.")
     final = [t["content"] for t in mind.heard[-1].turns]
     assert final == [
         "Hi",
@@ -284,6 +287,7 @@ def test_early_stops_are_overruled() -> None:
     assert thought.text == "<think>\nhm\nWaithm\nWaithm\n</think>\nAnswer: 7"
     with pytest.raises(ValueError, match="least=9 is more than most=5"):
         ThinkingBudget(most=5, least=9)
+    assert ThinkingBudget(most=5, least=5).least == 5
 
 
 @pytest.mark.parametrize(
