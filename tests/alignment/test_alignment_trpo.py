@@ -118,6 +118,14 @@ def test_the_mismatch_is_the_mean_gap_of_sampled_tokens() -> None:
     assert trust_region_step(model, batches, BOUNDS).mismatch == pytest.approx(sum(gaps) / 12)
 
 
+def test_logprobs_are_not_rounded_with_the_model() -> None:
+    model = policy().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = logprobs(model, lot([1.0, -0.5]))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.exp().sum(-1), torch.ones(len(found)), atol=1e-5, rtol=0)
+
+
 def test_conjugate_gradients_solve() -> None:
     generator = torch.Generator().manual_seed(0)
     half = torch.randn(12, 12, generator=generator).double()

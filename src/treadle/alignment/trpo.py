@@ -121,6 +121,8 @@ def logprobs(model: DecoderModel, batch: PolicyBatch) -> Float[Tensor, "M V"]:
     """Log-probabilities of all tokens at each prediction: M x V floats, so batches stay small."""
     hidden = model(batch.tokens, batch.context())
     logits = model.logits(hidden[batch.sources])
+    if logits.dtype is torch.bfloat16:  # a divergence of 1e-3 is less than its rounding
+        logits = logits.float()
     return (logits / batch.temperature).log_softmax(-1)
 
 
