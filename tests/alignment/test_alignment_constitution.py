@@ -133,7 +133,9 @@ def test_violations_fall_after_training(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_revision_without_words_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = iter((["one", "two"], ["c", "c"], ["  ", "three"], ["c", "c"], ["four", "three"]))
+    c = ["c"] * 3
+    # The third answer says nothing at first: there is nothing that its revision is better than.
+    said = iter((["one", "two", " "], c, ["  ", "three", "x"], c, ["four", "three", "y"]))
     monkeypatch.setattr(Revise, "_say", lambda *_: next(said))
     path = tmp_path / "principles.yaml"
     path.write_text(CONSTITUTION)
@@ -142,14 +144,14 @@ def test_a_revision_without_words_changes_nothing(
         model=ShoutingModel(),
         problems=Anything(),
         constitution=str(path),
-        count=2,
+        count=3,
         rounds=2,
     )
     execute(Pipeline(name="p", steps=(revise,)), tmp_path / "run")
     rows = (tmp_path / "run" / "revise" / "pairs.jsonl").read_text().splitlines()
     pairs = [(r["rejected"], r["chosen"]) for r in map(json.loads, rows)]
     assert pairs == [("one", "four"), ("two", "three")]
-    said = iter((["one", "two"], ["c", "c"], ["one ", ""]))
+    said = iter((["one", "two", ""], c, ["one ", "", "new"]))
     with pytest.raises(TreadleError, match="revise: no answer was changed by its revision"):
         execute(Pipeline(name="p", steps=(revise.replace(rounds=1),)), tmp_path / "same")
 

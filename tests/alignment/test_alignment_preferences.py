@@ -18,7 +18,7 @@ from treadle.core.errors import TreadleError
 from treadle.data.source import Env, Source
 from treadle.data.split import LeakFreeSplit
 from treadle.models.decoder import DecoderModel
-from treadle.objectives.dpo import DPO, orpo
+from treadle.objectives.dpo import DPO, orpo, sequence_logprobs
 from treadle.objectives.kto import KTO
 from treadle.objectives.objective import Objective
 from treadle.optim.adamw import AdamW
@@ -65,6 +65,31 @@ def test_reference_equals_separate_rows(tmp_path: Path) -> None:
         prompt, *answers = (list(p.tokens) for p in stream.tree(stream.kept[place]))
         expected = [answer_logprobs(tiny_model(), prompt, a).sum() for a in answers]
         torch.testing.assert_close(row, torch.stack(expected).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_what_comes_with_a_batch_is_of_its_own_pairs(tmp_path: Path) -> None:
+    """In the order in which they are drawn, with one left out before them: log-probabilities,
+    margins (0 where raters said none) and confidence (1)."""
+    told = [{**p, "margin": i / 4, "confidence": 0.6 + i / 10} for i, p in enumerate(PAIRS)]
+    rows = [SAME, *told, {**PAIRS[0], "prompt": "and tea?"}]
+    stream = source(tmp_path, rows, per_step=5, tokens=80).open(env(tiny_model(), tmp_path))
+    assert stream.kept == [1, 2, 3, 4, 5]
+    work, seen = next(stream), []
+    assert len(work.batches) > 1
+    for batch in work.batches:
+        with torch.no_grad():
+            own = sequence_logprobs(tiny_model(), batch)
+        torch.testing.assert_close(batch.reference, own, rtol=1e-4, atol=1e-4)
+        text = byte_tokenizer().decode(batch.tokens.tolist())
+        prompts = [p for p in text.split("u:") if p]
+        for prompt, margin, confidence in zip(
+            prompts, batch.margins.tolist(), batch.confidence.tolist(), strict=True
+        ):
+            (row,) = (r for r in rows[1:] if prompt.startswith(r["prompt"] + "\n"))
+            assert margin == row.get("margin", 0.0)
+            assert confidence == pytest.approx(row.get("confidence", 1.0))
+            seen.append(row["prompt"])
+    assert sorted(seen) == sorted(r["prompt"] for r in rows[1:])
 
 
 def test_bad_pairs_are_left_out_counted_and_named(tmp_path: Path) -> None:
@@ -165,6 +190,11 @@ def test_judged_answers_meet_an_answer_to_another_prompt(tmp_path: Path) -> None
     texts = [byte_tokenizer().decode(list(p.tokens)).strip() for p in stream.tree(1)]
     assert texts == ["u:p1\na:", "c1", "c2"]
     batch = next(stream).batches[0]
+    with torch.no_grad():
+        own = sequence_logprobs(tiny_model(), batch)
+    torch.testing.assert_close(batch.reference, own, rtol=1e-4, atol=1e-4)
+    said = byte_tokenizer().decode(batch.tokens.tolist()).split("u:p")[1:]
+    assert [not text.startswith("1") for text in said] == batch.good.tolist()
     labels = [stream.config.answers.answer(i).good for i in range(3)]
     assert labels == [True, False, True]
     assert len(batch.good) * 2 == batch.sequence_count
