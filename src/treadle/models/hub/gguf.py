@@ -33,8 +33,8 @@ from treadle.models.hub.gguf_values import Cursor, Value
 
 MAGIC = b"GGUF"
 ALIGNMENT = 32
-LONGEST_NAME, MOST_DIMENSIONS = 63, 4
-"""ggml's limits on tensors."""
+MOST_DIMENSIONS = 4
+"""Of a tensor in ggml."""
 
 _OTHER_FORMATS: Mapping[int, tuple[str, int, int]] = MappingProxyType(
     {

@@ -14,8 +14,11 @@ from torch import Tensor
 from treadle.core.errors import TreadleError
 from treadle.core.files import StrPath, atomic_file
 from treadle.kernels.blocks import FORMATS, BlockFormat, block_format, quantise
-from treadle.models.hub.gguf import ALIGNMENT, LONGEST_NAME, MAGIC, MOST_DIMENSIONS
+from treadle.models.hub.gguf import ALIGNMENT, MAGIC, MOST_DIMENSIONS
 from treadle.models.hub.gguf_values import Value, encode, encode_string, guess_type
+
+LONGEST_NAME = 63
+"""Bytes of a tensor's name in ggml."""
 
 
 def write_gguf(
