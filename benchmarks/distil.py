@@ -27,6 +27,7 @@ def steps(kind: str, args: argparse.Namespace) -> Mapping[str, float]:
     from treadle.distillation.cached import Cached
     from treadle.distillation.students import Thinned
     from treadle.distillation.taught import Live, Teacher
+    from treadle.kernels.heap import keep_tensors_apart
     from treadle.models.source import Pretrained
     from treadle.objectives.distil import Distil
     from treadle.objectives.soft_labels import SoftLabels
@@ -36,6 +37,7 @@ def steps(kind: str, args: argparse.Namespace) -> Mapping[str, float]:
     from treadle.train.precision import FP32
     from treadle.train.step import summed_gradients
 
+    keep_tensors_apart()  # as `treadle run` does
     source = Pretrained(name="smollm2-135m-instruct")
     with tempfile.TemporaryDirectory() as folder:
         workspace = Workspace(Path(folder), Path(folder), Pipeline(name="race", steps=()))

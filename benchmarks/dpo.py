@@ -56,6 +56,7 @@ def treadle_seconds(args: argparse.Namespace, rows: list[Pair]) -> float:
     from treadle.alignment.preferences import Pairs, Preferences
     from treadle.data.records import Preference, assistant, user
     from treadle.data.source import Env
+    from treadle.kernels.heap import keep_tensors_apart
     from treadle.models.hub.load import load_model
     from treadle.objectives.dpo import DPO
     from treadle.optim.adamw import AdamW
@@ -65,6 +66,8 @@ def treadle_seconds(args: argparse.Namespace, rows: list[Pair]) -> float:
     from treadle.train.parallel.plan import SingleProcess
     from treadle.train.precision import FP32
     from treadle.train.step import summed_gradients
+
+    keep_tensors_apart()  # as `treadle run` does
 
     class Rows(Pairs):
         def pair(self, index: int) -> Preference:

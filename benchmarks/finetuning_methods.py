@@ -109,7 +109,7 @@ def unlearned(both: Run) -> Iterator[Step]:
             transforms=(),
             source=Unlearning(forget=gone, retain=kept),
             objective=Unlearn(forget=forget, retain=retain),
-            optimizer=AdamW(lr=2e-4),
+            optimizer=AdamW(lr=5e-5),
             fit=Fit(steps=12),
         )
 
@@ -125,7 +125,9 @@ def together(mix: TaskMix) -> Iterator[Step]:
     for task in TASKS:
         yield learn(f"adapter-{task}", BASE, task, small)
     fused = tuple(Trained(step=f"adapter-{task}") for task in TASKS)
-    yield router.replace(name="fusion", model=AdapterFusion(experts=fused))
+    yield router.replace(
+        name="fusion", model=AdapterFusion(experts=fused), optimizer=AdamW(lr=1e-4)
+    )
 
 
 def measured(step: Step) -> Iterator[Step]:

@@ -42,6 +42,7 @@ def treadle(args: argparse.Namespace) -> Mapping[str, float]:
     from treadle.data.records import Problem, user
     from treadle.data.source import Env
     from treadle.inference.sampling import Sampling
+    from treadle.kernels.heap import keep_tensors_apart
     from treadle.models.hub.load import load_model
     from treadle.objectives.policy import GRPO
     from treadle.optim.adamw import AdamW
@@ -52,6 +53,7 @@ def treadle(args: argparse.Namespace) -> Mapping[str, float]:
     from treadle.train.precision import BF16, FP32
     from treadle.train.step import summed_gradients
 
+    keep_tensors_apart()  # as `treadle run` does
     chats = gsm8k(args.prompts * args.steps)
 
     class Questions(Problems):

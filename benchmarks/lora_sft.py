@@ -31,6 +31,7 @@ def treadle(args: argparse.Namespace) -> Mapping[str, float]:
 
     from treadle.data.batch import Piece, assemble
     from treadle.data.source import Work
+    from treadle.kernels.heap import keep_tensors_apart
     from treadle.models.hub.load import load_model
     from treadle.objectives.causal import CausalLM
     from treadle.optim.adamw import AdamW
@@ -42,6 +43,7 @@ def treadle(args: argparse.Namespace) -> Mapping[str, float]:
     from treadle.train.precision import BF16, FP32
     from treadle.train.step import summed_gradients
 
+    keep_tensors_apart()  # as `treadle run` does
     model = LoRA(rank=16)(load_model(model_folder(), dtype=torch.float32).model)
     plan = SingleProcess()
     world = plan.setup()

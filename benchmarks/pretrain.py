@@ -29,6 +29,7 @@ def figures(seconds: float, parameters: int) -> Mapping[str, float]:
 def treadle(args: argparse.Namespace) -> Mapping[str, float]:
     from treadle.data.batch import Piece, assemble
     from treadle.data.source import Work
+    from treadle.kernels.heap import keep_tensors_apart
     from treadle.models.decoder import Decoder
     from treadle.nn.block import Block
     from treadle.nn.ffn.ffn import GatedMLP
@@ -40,6 +41,7 @@ def treadle(args: argparse.Namespace) -> Mapping[str, float]:
     from treadle.train.precision import BF16, FP32
     from treadle.train.step import summed_gradients
 
+    keep_tensors_apart()  # as `treadle run` does
     block = Block(mixer=Attention(heads=HEADS), ffn=GatedMLP(hidden=HIDDEN))
     model = Decoder(vocab=VOCAB, dim=DIM, context=CONTEXT, blocks=(block,) * LAYERS).build()
     plan = SingleProcess()

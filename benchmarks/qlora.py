@@ -23,6 +23,7 @@ def steps(args: argparse.Namespace, *, packed: bool) -> Mapping[str, float]:
 
     from treadle.data.batch import Piece, assemble
     from treadle.data.source import Work
+    from treadle.kernels.heap import keep_tensors_apart
     from treadle.models.hub.load import load_model
     from treadle.models.hub.pull import pull
     from treadle.objectives.causal import CausalLM
@@ -34,6 +35,7 @@ def steps(args: argparse.Namespace, *, packed: bool) -> Mapping[str, float]:
     from treadle.train.precision import BF16, FP32
     from treadle.train.step import summed_gradients
 
+    keep_tensors_apart()  # as `treadle run` does
     model = load_model(pull("smollm2-135m-instruct").path, dtype=torch.float32).model
     for transform in (NF4(), LoRA(rank=16)) if packed else (LoRA(rank=16),):
         model = transform(model)

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 
+from treadle.core.pipeline import Workspace
 from treadle.data.records import Chat, assistant, user
 from treadle.data.source import Env
 from treadle.data.supervised import Conversations
 from treadle.models.llama import tiny_llama
+from treadle.models.source import ModelSource, Opened
 from treadle.tokenizers.tokenizer import Tokenizer
 from treadle.tokenizers.train import ByteLevelBPE
 
@@ -48,3 +50,13 @@ def chat_env(scratch: Path, *, seed: int = 1, dim: int = 16) -> Env:
     tokenizer = chat_tokenizer()
     decoder = tiny_llama(tokenizer.vocab_size, dim=dim, layers=2, heads=2, kv_heads=1, hidden=24)
     return Env(model=decoder.build(), tokenizer=tokenizer, scratch=scratch, seed=seed)
+
+
+class ChatModel(ModelSource):
+    """The model of `chat_env`, with its tokenizer in a folder."""
+
+    folder: str
+
+    def open(self, workspace: Workspace) -> Opened:
+        chat_tokenizer().save(self.folder)
+        return Opened(chat_env(Path(self.folder)).model, Path(self.folder))

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from tiny_generation import byte_tokenizer, tiny_model
 
 from treadle.core.pipeline import Pipeline, Workspace
 from treadle.data.documents import Documents
 from treadle.data.records import Text
 from treadle.data.source import Env
-from treadle.models.decoder import DecoderModel
+from treadle.models.decoder import DecoderModel, LinearHead
 from treadle.models.source import ModelSource, Opened
 
 OPENED: list[int] = []
 
 
 class TinyTeacher(ModelSource):
-    """A model of random weights with the tokenizer of bytes."""
+    """A model of random weights with the tokenizer of bytes; its logits are biased and capped."""
 
     vocab: int = 257
     layers: int = 4
@@ -26,10 +27,11 @@ class TinyTeacher(ModelSource):
         OPENED.append(self.layers)
         folder = workspace.root / "tokenizer"
         byte_tokenizer().save(folder)
-        model = tiny_model(*(None,) * self.layers, seed=4)
-        if self.vocab != 257:
-            model = model.config.replace(vocab=self.vocab).build()
-        return Opened(model, folder)
+        config = tiny_model(*(None,) * self.layers, seed=4).config
+        torch.manual_seed(4)
+        model = config.replace(vocab=self.vocab, head=LinearHead(bias=True), softcap=9.0).build()
+        torch.nn.init.normal_(model.head.bias)
+        return Opened(model.eval(), folder)
 
 
 class Lines(Documents):

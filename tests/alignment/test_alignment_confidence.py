@@ -62,6 +62,20 @@ def test_the_fit_is_the_minimum() -> None:
 
         best = minimize(loss, np.zeros(shape[1]), tol=1e-12)
         np.testing.assert_allclose(fit_logistic(x, 0.7).numpy(), best.x, atol=2e-4)
+        few = fit_logistic(x, 0.7, steps=8)  # as fast as Newton's method is
+        torch.testing.assert_close(few, fit_logistic(x, 0.7), rtol=1e-8, atol=1e-8)
+
+
+def test_margins_do_not_depend_on_units() -> None:
+    """Each is that of a fit without the pair's fold, to features in units of their own spread."""
+    x, _ = planted(0.1)
+    x = x[:40]
+    found = held_out_margins(x, 4, 1.0)
+    units = torch.tensor([1e-2, 0.3, 1.0, 7.0, 1.0, 1e3, 2.0, 0.5], dtype=torch.float64)
+    torch.testing.assert_close(held_out_margins(x * units, 4, 1.0), found)
+    z = x / (x.square().sum(0) / 40).sqrt()
+    others = torch.tensor([i for i in range(40) if i % 4 != 2])
+    torch.testing.assert_close(found[6], z[6] @ fit_logistic(z[others], 1.0))
 
 
 def test_posterior_closed_forms() -> None:

@@ -64,6 +64,12 @@ def test_solutions_solve() -> None:
         path = solution(tuple(map(Fraction, numbers)), draw)
         text = "\n".join([*map(str, path), "Answer: 24"])
         assert is_solution(numbers, text), text
+        left = tuple(map(Fraction, numbers))
+        for move in path:  # through whole numbers where there are any
+            whole = {m.result for m in moves(left) if reachable(m.left) and m.result >= 0}
+            whole = {n for n in whole if n == int(n)}
+            assert move.result in whole or not whole
+            left = move.left
     # Only through fractions: 8 / (3 - 8 / 3).
     path = solution(tuple(map(Fraction, (3, 3, 8, 8))), draw)
     assert [str(m) for m in path] == [

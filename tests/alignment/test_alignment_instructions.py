@@ -24,7 +24,7 @@ def checked(text: str, *rules: dict[str, Any]) -> float:
         ({"check": "words", "most": 2}, ("", "a b"), ("a b c",)),
         ({"check": "sentences", "least": 2, "most": 2}, ("One. Two!",), ("One.", "1. 2. 3.", "x")),
         ({"check": "sentences", "least": 1, "most": 1}, ("It is 3.14 m.", "What?!"), ("A. B.",)),
-        ({"check": "paragraphs", "least": 2}, ("a\n\nb", "a\n \nb"), ("a\nb", "a\n\n")),
+        ({"check": "paragraphs", "least": 2}, ("a\n\nb", "a\n \nb"), ("a\nb", "a\n\n", "a\n\n ")),
         ({"check": "bullets", "least": 2, "most": 2}, ("- a\n- b", "x\n* a\n* b"), ("- a", "-a")),
         ({"check": "mentions", "text": "loom"}, ("A loom.", "LOOM"), ("bloom", "looms")),
         ({"check": "mentions", "text": "a", "least": 2}, ("a b a",), ("a",)),

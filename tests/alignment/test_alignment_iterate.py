@@ -161,11 +161,11 @@ def test_a_verifier_that_fails_costs_its_pair_and_not_the_run(tmp_path: Path) ->
     workspace = Workspace(tmp_path, tmp_path, Pipeline(name="p", steps=()))
     pairs = [("ab", "crash"), ("hang", "ab"), ("nan", "nan"), ("ab", "1")]
     comparisons = [Comparison(problems.problem(0), a, b) for a, b in pairs]
-    verdicts = ByMarks(patience=2.0)(comparisons, problems, workspace)
+    verdicts = ByMarks(patience=0.2)(comparisons, problems, workspace)
     assert [v.first_better for v in verdicts] == [0.5, 0.5, 0.5, 1.0]
     assert [v.failure for v in verdicts] == [
         "ZeroDivisionError: oops",
-        "OvertimeError: no answer within 2 s",
+        "OvertimeError: no answer within 0.2 s",
         "the reward was nan",
         "",
     ]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_generation import byte_tokenizer, tiny_model
+from tokenizers.normalizers import Prepend
 
 from treadle.alignment.feedback import Comparison
 from treadle.alignment.judge import ByJudge, preference_odds, question, verdict
@@ -102,10 +103,18 @@ def test_a_question_beyond_the_context_has_no_verdict(tmp_path: Path) -> None:
 
 def test_a_broken_judge_is_named(tmp_path: Path) -> None:
     model = tiny_model()
-    torch.nn.init.constant_(model.head.weight, math.nan)
-    prompt = byte_tokenizer().encode("A or B", parse_special=False)
+    encode = byte_tokenizer().encode
+    with torch.no_grad():  # one answer that it cannot read is enough
+        model.embedding.weight[encode("?")] = math.nan
     with pytest.raises(TreadleError, match="log-odds are not finite"):
-        preference_odds(model, byte_tokenizer(), [prompt], 64)
+        preference_odds(model, byte_tokenizer(), [encode("A or B"), encode("A or B?")], 64)
+
+
+def test_letters_that_begin_alike_are_named() -> None:
+    marked = byte_tokenizer()
+    marked.backend.normalizer = Prepend("_")
+    with pytest.raises(TreadleError, match="begins A and B alike: take another"):
+        preference_odds(tiny_model(), marked, [[1, 2]], 64)
 
 
 def test_a_whole_conversation_is_shown() -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_generation import byte_tokenizer, tiny_model
 
+from treadle.alignment.advantages import GroupCentred
 from treadle.alignment.episodes import Environment, Heard, Play, Seat
 from treadle.alignment.negotiation import (
     Bargaining,
@@ -21,16 +26,17 @@ from treadle.alignment.negotiation import (
     script,
 )
 from treadle.alignment.played import Lane, Played, lanes_batch, lanes_of
-from treadle.data.records import Messages, user
+from treadle.data.records import Messages, assistant, user
 from treadle.data.source import Env
-from treadle.data.supervised import Supervised
+from treadle.inference.request import Completion, Request
 from treadle.inference.sampling import Sampling
+from treadle.models.decoder import DecoderModel, LinearHead
 from treadle.models.llama import tiny_llama
-from treadle.objectives.causal import CausalLM
-from treadle.objectives.policy import GRPO
+from treadle.objectives.policy import GRPO, PerToken
 from treadle.optim.adamw import AdamW
 from treadle.optim.schedules import Constant
-from treadle.tokenizers.train import ByteLevelBPE
+from treadle.tokenizers.chat import encode_prompt
+from treadle.tokenizers.tokenizer import SpecialTokens, Tokenizer
 from treadle.train.fit import Fit, fit
 from treadle.train.hooks import Hook, StepReport
 from treadle.train.parallel.plan import SingleProcess
@@ -119,10 +125,24 @@ def test_held_out_deals_are_others() -> None:
 
 
 def test_scripts_keep_the_rules() -> None:
-    """Both conversations of a play tell one story, which ends in a deal more often than not."""
+    """Both conversations of a play tell one story, which ends in a deal more often than not.
+
+    A player takes what is left to it where that is half of its all, and less in later turns; it
+    asks for what it likes before what it does not.
+    """
     game, agreed = Negotiation(), 0
+    liked, disliked = [], []
     for number in range(60):
         spoken = script(game, number, random.Random(f"0/{number}"))
+        deal = game.deal(number)
+        for turn, said in enumerate(spoken):
+            left = offer_of(spoken[turn - 1], deal.counts) if turn else None
+            fair = left is not None and deal.payoff(turn % 2, deal.rest(left)) >= 0.5 - 0.15 * turn
+            assert (said == "Accept.") == fair
+            wanted = offer_of(said, deal.counts)
+            for place, n in enumerate(wanted or ()):
+                side = liked if deal.worth[turn % 2][place] > 2 else disliked
+                side.append(n / deal.counts[place])
         heard = play(game.deal(number), spoken)
         assert heard.next is None or len(spoken) == game.offers
         agreed += sum(heard.rewards) > 0
@@ -133,6 +153,44 @@ def test_scripts_keep_the_rules() -> None:
         assert [m.content for m in second[1:] if m.role == "assistant"] == spoken[1::2]
         assert second[1].content == f"The other says: {spoken[0]}"
     assert agreed > 40
+    assert 0.5 < sum(liked) / len(liked) < 0.7
+    assert 0.3 < sum(disliked) / len(disliked) < 0.5
+
+
+WORDS = ("Accept.", *(offer_text((n,)) for n in range(4)))
+GAME = Negotiation(kinds=1, most=3, offers=3)
+
+
+def phrases() -> Tokenizer:
+    """What is said over one kind of thing is one token each, so that all plays can be counted."""
+    briefing = ("Divide with another: ", " hats (worth ", " each). Say what you take, or ")
+    rest = ("accept what is left to you.\n", "You speak first.", "The other ", "speaks first.")
+    backend = byte_tokenizer().backend
+    heard = (word.removesuffix(".") for word in WORDS)
+    backend.add_tokens([*WORDS, *heard, *briefing, *rest])
+    template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:"
+    return Tokenizer(backend, special=SpecialTokens(eos="<end>")).with_template(template)
+
+
+def speaker(tokenizer: Tokenizer, words: Sequence[str]) -> DecoderModel:
+    """Says each of these words as likely as the others, and nothing else."""
+    torch.manual_seed(0)
+    decoder = tiny_llama(tokenizer.vocab_size, dim=32, layers=1, heads=2, hidden=64, context=128)
+    model = decoder.replace(head=LinearHead(bias=True)).build()
+    with torch.no_grad():
+        model.head.bias.fill_(-1e4)
+        model.head.bias[[token(tokenizer, word) for word in words]] = 0.0
+    return model
+
+
+def token(tokenizer: Tokenizer, word: str) -> int:
+    (found,) = tokenizer.encode(word)
+    return found
+
+
+def chances(model: DecoderModel, prompt: Sequence[int]) -> torch.Tensor:
+    """log pi of every token after these."""
+    return model.logits(model(torch.tensor(prompt))[-1:])[0].log_softmax(-1)
 
 
 class Payoffs(Hook):
@@ -141,25 +199,6 @@ class Payoffs(Hook):
 
     def on_step(self, report: StepReport) -> None:
         self.seen.append(report.metrics.get("reward", 0.0))
-
-
-def schooled(folder: Path, steps: int) -> Env:
-    """A small model that has heard scripted negotiations over one kind of thing."""
-    game = Negotiation(kinds=1, most=4, offers=3)
-    texts = [
-        m.content
-        for i in range(80)
-        for m in ScriptedDeals(negotiation=game).conversation(i).messages
-    ]
-    tokenizer = ByteLevelBPE(vocab_size=400)(texts).with_template(TEMPLATE)
-    torch.manual_seed(0)
-    decoder = tiny_llama(
-        tokenizer.vocab_size, dim=48, layers=2, heads=4, kv_heads=2, hidden=96, context=256
-    )
-    env = Env(model=decoder.build(), tokenizer=tokenizer, scratch=folder)
-    train(env, Supervised(conversations=ScriptedDeals(negotiation=game), per_step=16), CausalLM(),
-          steps, 3e-3, folder / "school")  # fmt: skip
-    return env
 
 
 def train(env: Env, source, objective, steps: int, lr: float, folder: Path) -> list[float]:
@@ -181,10 +220,10 @@ def train(env: Env, source, objective, steps: int, lr: float, folder: Path) -> l
 
 def self_play() -> Played:
     return Played(
-        environment=Negotiation(kinds=1, most=4, offers=3, seed=1),
-        prompts=8,
+        environment=GAME,
+        prompts=4,
         completions=8,
-        sampling=Sampling(max_tokens=16),
+        sampling=Sampling(max_tokens=4, stop=(".",)),
         turns=3,
     )
 
@@ -210,10 +249,11 @@ def test_each_seat_learns_from_its_own_payoff(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer().with_template(TEMPLATE)
     env = Env(model=tiny_model(), tokenizer=tokenizer, scratch=tmp_path)
     source = self_play().replace(
-        environment=Whispers(), sampling=Sampling(max_tokens=40, stop=SMALL)
+        environment=Whispers(), prompts=8, sampling=Sampling(max_tokens=40, stop=SMALL)
     )
     episodes = source.open(env).roll()
     lanes = lanes_of(episodes, 8)
+    assert all(sum(bool(seat.logprobs) for seat in lane.seats) > 1 for lane in lanes)
     order = {id(seat): place for e in episodes for place, seat in enumerate(e.seats)}
     assert len(lanes) > 8
     for lane in lanes:
@@ -237,10 +277,133 @@ def test_a_seat_that_never_spoke_moves_nothing() -> None:
     assert Lane(tuple(seats)).rewards == [1.0, 0.75, 0.5]
 
 
-@pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="not shown: 40 steps went from 0.45 to 0.37 of a half")
+# All plays of two words about three hats, and what they bring each seat.
+TAKE, YES = offer_text((2,)), "Accept."
+PLAYS = {
+    (YES,): (0, 0),
+    (TAKE, YES): (2 / 3, 1 / 3),
+    (TAKE, TAKE, YES): (1 / 3, 2 / 3),
+    (TAKE, TAKE, TAKE): (0, 0),
+}
+Said = tuple[str, ...]
+
+
+@dataclass(eq=False)
+class Scripted:
+    """Says what it is told to say, and remembers what it was asked."""
+
+    model: DecoderModel
+    tokenizer: Tokenizer
+    asked: dict[Said, tuple[int, ...]] = field(default_factory=dict)
+    lines: tuple[Said, ...] = ()
+    turn: int = 0
+
+    def __call__(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        groups: dict[Said, list[str]] = {}
+        for line in self.lines:
+            if len(line) > self.turn:
+                groups.setdefault(line[: self.turn], []).append(line[self.turn])
+        self.turn += 1
+        assert not self.model.training
+        assert [r.n for r in requests] == [len(words) for words in groups.values()]
+        self.asked |= {b: r.prompt for b, r in zip(groups, requests, strict=True)}
+        return [[self.say(word, b) for word in words] for b, words in groups.items()]
+
+    def say(self, word: str, before: Said) -> Completion:
+        logprobs = (self.known(word, before),)
+        return Completion((token(self.tokenizer, word),), word, logprobs, "stop")
+
+    @cache  # noqa: B019
+    def known(self, word: str, before: Said) -> float:
+        return self.chance(word, before).item()
+
+    def chance(self, word: str, before: Said) -> torch.Tensor:
+        return chances(self.model, self.asked[before])[token(self.tokenizer, word)]
+
+    def likelihood(self, line: Said) -> float:
+        return math.exp(sum(self.known(word, line[:i]) for i, word in enumerate(line)))
+
+
+def test_each_seat_climbs_its_own_expected_payoff(tmp_path: Path) -> None:
+    """What a step follows, averaged over all groups of three plays, is dJ in closed form.
+
+    Seat s climbs J_s, the other's words held fixed. Of G plays k hear seat 1: centring makes of
+    the exact gradients (G - 1) dJ_0 and E[max(k - 1, 0)] / P(it speaks) dJ_1.
+    """
+    tokenizer = phrases()
+    model = speaker(tokenizer, (TAKE, YES))
+    with torch.no_grad():
+        model.embedding.weight.normal_(std=0.5)  # so that what was said counts
+    parameters, scripted = list(model.parameters()), Scripted(model, tokenizer)
+    deal = next(i for i in itertools.count() if GAME.deal(i).counts == (3,))
+    source = self_play().replace(prompts=1, completions=3, advantage=GroupCentred())
+    stream = source.open(Env(model=model, tokenizer=tokenizer, scratch=tmp_path))
+    stream.table = replace(stream.table, sample=scripted)
+
+    found = [torch.zeros_like(p) for p in parameters]
+    for lines in itertools.product(PLAYS, repeat=3):
+        if len({PLAYS[line] for line in lines}) == 1:
+            continue  # teaches nothing, and would be drawn anew
+        scripted.lines, scripted.turn, stream.drawn = lines, 0, deal
+        (batch,) = next(stream).batches
+        assert model.training
+        output = GRPO(normalisation=PerToken())(model, batch)
+        assert float(output.metrics["mismatch"]) < 1e-4
+        weight = math.prod(scripted.likelihood(line) for line in lines)
+        for total, part in zip(found, torch.autograd.grad(output.total, parameters), strict=True):
+            total -= weight * part
+    assert sum(scripted.likelihood(line) for line in PLAYS) == pytest.approx(1.0, abs=1e-5)
+
+    speaks = 1 - scripted.likelihood((YES,))
+    factors = 2.0, (3 * speaks - 1 + (1 - speaks) ** 3) / speaks
+    goal = torch.zeros(())
+    for line, payoffs in PLAYS.items():
+        words = [scripted.chance(word, line[:i]) for i, word in enumerate(line)]
+        for seat in (0, 1):
+            own = sum(words[seat::2], torch.zeros(()))
+            others = sum(words[1 - seat :: 2], torch.zeros(())).detach()
+            goal = goal + factors[seat] * payoffs[seat] * (own + others).exp()
+    for (name, _), mine, exact in zip(
+        model.named_parameters(), found, torch.autograd.grad(goal, parameters), strict=True
+    ):
+        torch.testing.assert_close(mine, exact, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@torch.no_grad()
+def expected(seats: Sequence[DecoderModel], tokenizer: Tokenizer, number: int) -> torch.Tensor:
+    """Payoffs of the two seats, over everything that they can say."""
+    total = torch.zeros(2)
+
+    def goes_on(told: tuple[Messages, ...], said: Said, chance: float) -> None:
+        seat = len(said) % 2
+        prompt = encode_prompt(tokenizer, [m.plain() for m in told[seat]])
+        likely = chances(seats[seat], prompt).exp()
+        for word in WORDS:
+            now = chance * float(likely[token(tokenizer, word)])
+            heard = play(GAME.deal(number), [*said, word], GAME.offers)
+            if heard.next is None:
+                total.add_(torch.tensor(heard.rewards), alpha=now)
+                continue
+            words = word.removesuffix(".")
+            further = [(*told[seat], assistant(words))]
+            further.append((*told[1 - seat], user(f"The other says: {words}")))
+            goes_on((further[seat], further[1 - seat]), (*said, word), now)
+
+    goes_on(GAME.openings(number), (), 1.0)
+    return total
+
+
 def test_self_play_pays(tmp_path: Path) -> None:
-    """Mean payoff of the two seats, which is at most a half where both value one kind of thing."""
-    env = schooled(tmp_path, 120)
-    seen = train(env, self_play(), GRPO(), 40, 1e-3, tmp_path / "play")
-    assert sum(seen[-8:]) / 8 > sum(seen[:8]) / 8 + 0.08
+    """Either seat then gets twice as much and more from the model as it was before."""
+    tokenizer = phrases()
+    model, start = speaker(tokenizer, WORDS), speaker(tokenizer, WORDS)
+    env = Env(model=model, tokenizer=tokenizer, scratch=tmp_path)
+    train(env, self_play(), GRPO(), 24, 5e-3, tmp_path / "play")
+    deals = [next(i for i in itertools.count() if GAME.deal(i).counts == (n,)) for n in (1, 2, 3)]
+
+    def mean(*seats: DecoderModel) -> torch.Tensor:
+        return torch.stack([expected(seats, tokenizer, number) for number in deals]).mean(0)
+
+    before, first, second = mean(start, start), mean(model, start), mean(start, model)
+    assert float(first[0]) > 2 * float(before[0])
+    assert float(second[1]) > 2 * float(before[1])

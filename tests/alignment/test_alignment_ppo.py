@@ -84,15 +84,42 @@ def test_the_penalty_is_paid_at_each_token(tmp_path: Path) -> None:
 
 
 def test_a_lot_is_learned_for_its_epochs(tmp_path: Path) -> None:
+    """Every epoch sees each completion once, in an order of its own."""
     model = ValueHead()(tiny_model())
     stream = source(epochs=2, minibatches=2).open(env(model, tmp_path))
-    counts = []
-    for _ in range(4):
-        counts.append(sum(b.sequence_count for b in next(stream).batches))
-    assert counts == [8, 8, 8, 8]
+    epochs: list[list[list[float]]] = [[], []]
+    for step in range(4):
+        epochs[step // 2].append([])
+        for batch in next(stream).batches:
+            epochs[step // 2][-1] += batch.behaviour.tolist()
     assert stream.lots == 1
+    whole = sorted(b for e in stream.lot for b in e.behaviour)
+    for halves in epochs:
+        assert sorted(halves[0] + halves[1]) == pytest.approx(whole)
+    assert sorted(epochs[0][0]) != sorted(epochs[1][0])
     next(stream)
     assert stream.lots == 2
+
+
+def test_advantages_of_a_lot_are_whitened(tmp_path: Path) -> None:
+    """From A = R - V to mean 0 and deviation 1 over its tokens; the measures are those of it."""
+    model = ValueHead()(tiny_model())
+    torch.nn.init.normal_(model.value.weight, std=0.3)
+    stream = source(beta=0.1, target=1e-3, gain=0.5).open(env(model, tmp_path))
+    moved(model)
+    metrics = next(stream).metrics
+    raw = torch.cat([torch.tensor(e.returns) - torch.tensor(e.values) for e in stream.lot])
+    found = torch.cat([torch.tensor(e.advantages) for e in stream.lot])
+    torch.testing.assert_close(found, (raw - raw.mean()) / raw.std(unbiased=False))
+    reference, distances = tiny_model(), []
+    for e in stream.lot:
+        logp = reference.logits(reference(torch.tensor(e.prompt + e.tokens))).log_softmax(-1)
+        ref = logp[len(e.prompt) - 1 : -1].gather(-1, torch.tensor(e.tokens)[:, None])
+        distances.append(sum(e.behaviour) - ref.sum().item())
+    assert metrics["kl"] == pytest.approx(sum(distances) / len(distances), rel=1e-4)
+    assert metrics["beta"] == stream.beta
+    tokens = sum(len(e.tokens) for e in stream.lot)
+    assert metrics["completion_tokens"] == tokens / len(stream.lot)
 
 
 @pytest.mark.parametrize("target", [1e-3, 1e3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 import torch
@@ -228,6 +229,61 @@ def test_repetition_is_the_share_of_runs_seen_before() -> None:
     assert repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
     assert repetition([1, 2, 3]) == 0.0
     assert repetition([1, 2, 1, 2, 1], n=2) == pytest.approx(2 / 4)
+
+
+def test_measures_of_a_step(tmp_path: Path) -> None:
+    """Against the step's own completions; it samples as it will be used, and goes on learning."""
+    likely = {END: 8.0} | dict.fromkeys(byte_tokenizer().encode("abcdefgh"), 4.0)
+    source = Rollouts(
+        problems=Letters(),
+        prompts=3,
+        completions=6,
+        sampling=Sampling(max_tokens=3, logit_bias=tuple(likely.items())),
+    )
+    model = tiny_model().train()
+    groups = source.open(env(model, tmp_path)).roll()
+    stream = source.open(env(model, tmp_path))
+    sample = stream.sample
+
+    def watched(requests):
+        assert not model.training
+        return sample(requests)
+
+    stream.sample = watched
+    metrics = next(stream).metrics
+    assert model.training
+    rewards = [list(g.rewards) for g in groups]
+    every = [c for g in groups for c in g.completions]
+    assert 0 < metrics["solved"] < 1
+    assert 0 < metrics["empty"] < 1
+    assert 0 < metrics["cut_off"] < 1
+    expected = {
+        "reward": fmean(r for row in rewards for r in row),
+        "reward_std": fmean(stdev(row) for row in rewards),
+        "solved": fmean(r == 1.0 for row in rewards for r in row),
+        "groups_with_signal": fmean(len(set(row)) > 1 for row in rewards),
+        "completion_tokens": fmean(len(c.tokens) for c in every),
+        "repetition": fmean(repetition(c.tokens) for c in every),
+        "empty": fmean(c.text.strip() == "" for c in every),
+        "cut_off": fmean(c.tokens[-1] != END for c in every),
+        "redraws": 0.0,
+    }
+    assert {k: metrics[k] for k in expected} == pytest.approx(expected)
+
+
+def test_ranks_share_the_problems(tmp_path: Path) -> None:
+    """The second of two processes has the second half of a step's problems and their samples."""
+    here = env(tiny_model(), tmp_path)
+    source = Rollouts(problems=Letters(), prompts=4, completions=2, sampling=Sampling(max_tokens=3))
+    whole, second = source.open(here), source.open(replace(here, rank=1, world=2))
+    for _ in range(2):
+        groups, half = whole.roll(), second.roll()
+        assert [g.problem for g in half] == [g.problem for g in groups[2:]]
+        for mine, theirs in zip(half, groups[2:], strict=True):
+            assert [c.tokens for c in mine.completions] == [c.tokens for c in theirs.completions]
+    assert groups[0].problem == Letters().problem(4)
+    with pytest.raises(TreadleError, match="prompts=4 cannot be shared by 3 processes"):
+        source.open(replace(here, world=3))
 
 
 def test_empty_completions_are_counted_and_learned(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from treadle.data.problems import Problems
 from treadle.data.records import Problem, user
 from treadle.data.source import Env
 from treadle.inference.sampling import Sampling
-from treadle.kernels.native.build import COMPILERS
+from treadle.kernels.compiler import COMPILERS
 from treadle.models.decoder import DecoderModel
 from treadle.models.llama import tiny_llama
 from treadle.objectives.policy import GRPO

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,9 @@ import torch
 from alignment.learn import learn
 from tiny_generation import byte_tokenizer, tiny_model
 
-from treadle.alignment.episodes import Environment, Heard, Play, Seat, heard_tokens
+from treadle.alignment.episodes import Environment, Episode, Heard, Play, Seat, heard_tokens
 from treadle.alignment.measure_played import MeasurePlayed
-from treadle.alignment.played import Lane, Played, lanes_batch
+from treadle.alignment.played import Lane, Played, lanes_batch, lanes_of, played_metrics
 from treadle.alignment.reasoning_gym import Family, ReasoningGym
 from treadle.alignment.sandbox import bubblewrap_works
 from treadle.alignment.tool_solutions import CalculatorSolutions
@@ -98,6 +99,9 @@ def test_logprobs_over_turns_equal_those_of_sampling(tmp_path: Path) -> None:
     stream = chatting().open(env(model, tmp_path))
     work = next(stream)
     assert work.metrics["turns"] > 1.5
+    lanes = lanes_of(chatting().open(env(model, tmp_path)).roll(), 4)
+    spread = [statistics.stdev(lane.rewards) for lane in lanes]
+    assert work.metrics["reward_std"] == pytest.approx(sum(spread) / len(spread))
     assert len(work.batches) > 1
     for batch in work.batches:
         output = GRPO()(model, batch)
@@ -311,6 +315,67 @@ def test_nothing_that_fails_ends_the_run(tmp_path: Path) -> None:
     assert all(math.isfinite(v) for v in work.metrics.values())
 
 
+class Failing(Environment):
+    """Every play fails in its own way, without end."""
+
+    def openings(self, index: int) -> tuple[Messages, ...]:
+        return ((user(f"fail {index}"),),)
+
+    def begin(self, index: int) -> Play:
+        return Failed(index)
+
+
+class Failed(Play):
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def hear(self, seat: int, said: str) -> Heard:
+        return Heard(None, failure=f"fault {self.index}")
+
+
+def test_faults_are_told_once_and_not_without_end(tmp_path: Path) -> None:
+    log = Log()
+    workspace = Workspace(tmp_path, tmp_path, Pipeline(name="p", steps=()), log)
+    here = replace(env(tiny_model(), tmp_path), workspace=workspace)
+    stream = chatting(environment=Failing(), prompts=5, sampling=Sampling(max_tokens=1)).open(here)
+    for drawn in (0, 0, 5):
+        stream.drawn = drawn
+        stream.roll()
+    assert log.lines == [f"environment: fault {i}" for i in range(8)]
+
+
+def test_measures_of_plays() -> None:
+    """Means over two plays of two seats, one of which never speaks."""
+    seats = [
+        Seat([], reward=r, logprobs=[0.0] * n) for r, n in ((1, 3), (0.5, 2), (0.25, 6), (0, 0))
+    ]
+    plays = [
+        Episode(0, 0, Failed(0), (seats[0], seats[1]), turns=3, cut_off=True, failures=["x", "y"]),
+        Episode(1, 0, Failed(0), (seats[2], seats[3]), turns=2, failures=["z"]),
+    ]
+    assert played_metrics(plays) == {
+        "reward": 1.75 / 4,
+        "turns": 2.5,
+        "completion_tokens": 11 / 4,
+        "cut_off": 0.5,
+        "environment_failures": 3.0,
+    }
+
+
+def test_ranks_share_the_plays(tmp_path: Path) -> None:
+    """The second of two processes plays the second half of a step's problems."""
+    here = env(tiny_model(context=256), tmp_path)
+    short = chatting(prompts=4, sampling=Sampling(max_tokens=2))
+    whole = short.open(here)
+    second = short.open(replace(here, rank=1, world=2))
+    for _ in range(2):
+        plays = whole.roll()
+        assert [e.number for e in second.roll()] == [e.number for e in plays[8:]]
+    assert {e.number for e in plays} == {4, 5, 6, 7}
+    with pytest.raises(TreadleError, match="prompts=4 cannot be shared by 3 processes"):
+        short.open(replace(here, world=3))
+
+
 class AlwaysRight(Problems):
     """Every prompt of an even number is longer than the model's context."""
 
@@ -329,6 +394,11 @@ def test_plays_that_teach_nothing(tmp_path: Path) -> None:
     with pytest.raises(TreadleError, match="all plays of a problem ended with equal rewards"):
         next(stream)
     assert stream.left_out == 8
+    # Several processes stay in step: one without a signal adds nothing.
+    two = source.replace(environment=plain).open(
+        replace(env(tiny_model(context=256), tmp_path), world=2, rank=1)
+    )
+    assert next(two).batches == ()
     everything = plain.replace(told=True)
     with pytest.raises(TreadleError, match="the openings of all 2 problems of a step fill"):
         next(source.replace(environment=everything).open(env(tiny_model(context=128), tmp_path)))

@@ -7,7 +7,7 @@ from decimal import Decimal
 import pytest
 
 from treadle.alignment.reasoning_gym import Family, ReasoningGym
-from treadle.alignment.rewards import AnswerMarked, Graded, Part, Verified, Weighted
+from treadle.alignment.rewards import AnswerMarked, Graded, Part, Unmarked, Verified, Weighted
 from treadle.alignment.verifiers import extract_answer, marks, parse_number
 from treadle.core.config import from_yaml, to_yaml
 from treadle.core.errors import ConfigError, TreadleError
@@ -111,6 +111,7 @@ def test_weighted_rewards() -> None:
     assert reward(asked, f"Answer: {asked.answer}") == 1.0
     assert reward(asked, "Answer: wrong") == pytest.approx(0.25)
     assert reward(asked, "I give up") == 0.0
+    assert [Unmarked()(asked, said) for said in ("Answer: wrong", "I give up")] == [0.0, 1.0]
     assert reward.by_name(asked, "Answer: wrong") == {"correct": 0.0, "marked": 1.0}
     assert from_yaml(to_yaml(reward), expect=Weighted) == reward
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -105,6 +106,20 @@ def test_code_needs_tests() -> None:
         marks(problem("code"), "pass")
     with pytest.raises(TreadleError, match="`tests` is a int"):
         marks(problem("code", tests=3), "pass")
+    with pytest.raises(TreadleError, match="has no tests: put them in `tests`"):
+        marks(problem("code", tests=[" ", "\n"]), "pass")
+
+
+@pytest.mark.parametrize(
+    ("verifier", "library", "extra"),
+    [("math", "math_verify", "math-verify"), ("json_schema", "jsonschema", "jsonschema")],
+)
+def test_missing_libraries_are_named(
+    verifier: str, library: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(TreadleError, match=f"need.? {extra}: pip install 'treadle"):
+        marks(problem(verifier, "{}"), "{}")
 
 
 def test_real_programs_pass_their_own_tests(shared_data) -> None:
@@ -130,6 +145,7 @@ SCHEMA = json.dumps(
     [
         ('{"age": 3}', 1.0),
         ('```json\n{"age": 3}\n```', 1.0),
+        ('\n ```json\n{"age": 3}\n``` \n', 1.0),
         ('{"age": "3"}', 0.5),
         ("{}", 0.5),
         ('{"age": 3', 0.0),

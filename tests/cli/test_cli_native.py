@@ -17,7 +17,7 @@ from treadle.inference.limits import EngineConfig
 from treadle.inference.native_runner import NativeRunner
 from treadle.inference.reader import unit
 from treadle.inference.torch_runner import TorchRunner
-from treadle.kernels.native.build import COMPILERS
+from treadle.kernels.compiler import COMPILERS
 from treadle.models.hub.load import load_model
 from treadle.models.hub.save import save_gguf, save_hf
 from treadle.models.llama import tiny_llama

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,6 @@ from treadle.core.execute import execute
 from treadle.core.meter import highest_resident
 from treadle.core.pipeline import Pipeline, read_manifest
 from treadle.core.processes import (
-    FrugalProcesses,
     OneProcess,
     Outcome,
     Processes,
@@ -61,17 +59,6 @@ def test_same_outcome_and_memory_of_its_own(tmp_path: Path) -> None:
     assert own["files"] == one["files"]
     assert own["cost"]["peak_bytes"] < 600 * 2**20 < highest_resident()
     assert any(name in line for line in progress.said)
-
-
-def test_frugal_process_is_told_so_and_nobody_else(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "77")
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(f"the number after {i} is {i + 1}" for i in range(200)))
-    execute(pipeline(text, FrugalProcesses()), tmp_path / "run")
-    assert os.environ["MALLOC_MMAP_THRESHOLD_"] == "77"
-    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_")
-    execute(pipeline(text, FrugalProcesses()), tmp_path / "again")
-    assert "MALLOC_MMAP_THRESHOLD_" not in os.environ
 
 
 def test_users_mistake_arrives(tmp_path: Path) -> None:

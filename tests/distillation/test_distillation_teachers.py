@@ -20,6 +20,7 @@ from treadle.models.source import ModelSource, Opened
 from treadle.nn.context import Packed
 from treadle.nn.layout import Layout
 from treadle.objectives.distil import Distil, HardLabels
+from treadle.objectives.observe import observe
 from treadle.objectives.soft_labels import SoftLabels
 from treadle.optim.adamw import AdamW
 from treadle.optim.schedules import Constant
@@ -61,7 +62,25 @@ def test_live_teacher_gives_what_its_layers_do(tmp_path: Path) -> None:
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         hidden = teacher(batch.tokens, batch.context())[batch.sources]
         torch.testing.assert_close(batch.teacher_hidden, hidden)
-        assert batch.teacher_v.shape == (len(batch.tokens), 2, 4)
+        logits = batch.teacher_hidden @ batch.teacher_head.T + batch.teacher_bias
+        cap = batch.teacher_softcap
+        torch.testing.assert_close(cap * torch.tanh(logits / cap), teacher.logits(hidden))
+        seen = observe(teacher, batch, attention=(3,)).attention[3]
+        for found, expected in (
+            (batch.teacher_q, seen.q),
+            (batch.teacher_k, seen.k),
+            (batch.teacher_v, seen.v),
+        ):
+            torch.testing.assert_close(found, expected)
+        assert batch.teacher_scale == 4**-0.5
+        assert batch.step == 0
+    stream = source(Live()).open(env(tmp_path))
+    assert [next(stream).batches[0].step for _ in range(3)] == [0, 1, 2]
+    again, state = source(Live()).open(env(tmp_path)), stream.state()
+    again.restore(state)
+    third, other = next(stream).batches[0], next(again).batches[0]
+    assert third.step == other.step == 3
+    assert torch.equal(third.tokens, other.tokens)
 
 
 def test_cache_holds_the_teachers_likeliest_tokens_for_all_epochs(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from treadle.inference.native_runner import NativeRunner
 from treadle.inference.runner import Batch
 from treadle.kernels.attention import AttentionRule
 from treadle.kernels.blocks import FORMATS, dequantise, quantise
-from treadle.kernels.native.build import COMPILERS
+from treadle.kernels.compiler import COMPILERS
 from treadle.kernels.native.levels import LEVELS, features
 from treadle.kernels.native.matrix import round_groups
 from treadle.models.decoder import Decoder, DecoderModel, swap

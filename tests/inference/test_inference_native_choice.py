@@ -18,7 +18,7 @@ from treadle.inference.native_weights import StoredFile
 from treadle.inference.request import Request
 from treadle.inference.runner import Batch
 from treadle.inference.sampling import Sampling
-from treadle.kernels.native.build import COMPILERS
+from treadle.kernels.compiler import COMPILERS
 from treadle.models.decoder import Decoder, LinearHead, swap
 from treadle.models.gpt2 import gpt2
 from treadle.models.hub.gguf import GGUFFile

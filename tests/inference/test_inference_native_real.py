@@ -17,7 +17,7 @@ from torch import Tensor
 from treadle.core.errors import TreadleError
 from treadle.inference.native_runner import NativeRunner
 from treadle.inference.runner import Batch
-from treadle.kernels.native.build import COMPILERS
+from treadle.kernels.compiler import COMPILERS
 from treadle.models.decoder import DecoderModel
 from treadle.models.hub.load import load_model
 from treadle.models.hub.pull import pull

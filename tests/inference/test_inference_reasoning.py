@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from treadle.inference.reasoning.votes import (
     ByLikelihood,
     BySureness,
     ByVerifier,
+    Majority,
     SelfConsistency,
     elect,
 )
@@ -111,6 +113,9 @@ def test_least_to_most_answers_the_parts_first() -> None:
     talk = (*asked("Hi"), {"role": "assistant", "content": "Hello"}, *asked("How many pets?"))
     (thought,) = LeastToMost(parts=2)(mind, [talk])
     assert thought.answer == "5"
+    plan = [t["content"] for t in mind.heard[0].turns]
+    assert plan[:2] == ["Hi", "Hello"]
+    assert plan[2].startswith("How many pets?\n\nDo not answer yet.")
     final = [t["content"] for t in mind.heard[-1].turns]
     assert final == [
         "Hi",
@@ -122,6 +127,9 @@ def test_least_to_most_answers_the_parts_first() -> None:
         "How many pets?",
     ]
     assert thought.tokens == sum(mind.spent.values())
+    rare = Scripted(lambda ask, k: "One?" if "not answer" in ask.turns[-1]["content"] else "1")
+    few = LeastToMost(parts=3)(rare, [asked("?"), asked("!")])
+    assert [t.trace for t in few] == [("One?", "1")] * 2
     assert listed("So:\n* a\n2. b\n\n c ") == ["a", "b", "c"]
 
 
@@ -141,13 +149,38 @@ def test_votes_against_counting() -> None:
         totals = {a: sum(w for x, w in zip(answers, weights, strict=True) if x == a) for a in given}
         assert answers[elect(answers, weights)] == max(totals, key=totals.__getitem__)
     assert elect([None, None], [1.0, 1.0]) == 0
+    assert elect([None, "b", "a", "a", "b"], [9.0, 1.0, 1.0, 1.0, 1.0]) == 1, "the first of a tie"
 
 
 def test_self_consistency_takes_the_most_frequent_answer() -> None:
     mind = Scripted(lambda ask, k: f"Answer: {[1, 2, 2, 3][k]}")
     (thought,) = SelfConsistency(n=4)(mind, [asked("?")])
     assert thought.answer == "2"
-    assert len(thought.trace) == 4
+    assert thought.trace == ("Answer: 1", "Answer: 2", "Answer: 2", "Answer: 3")
+
+
+class Unsure(Scripted):
+    """The longer it speaks, the less sure it is."""
+
+    def ask(self, asks: Sequence[Ask], sampling: Sampling, n: int = 1) -> list[list[Completion]]:
+        rows = super().ask(asks, sampling, n)
+        return [[replace(c, logprobs=(-len(c.text),) * len(c.text)) for c in row] for row in rows]
+
+
+def test_sure_paths_outvote_many() -> None:
+    """What is thought in private has no voice; the answer begins as the prompt has it."""
+    said = ["<think>Answer: 9</think>", "so: Answer: 2", "or: Answer: 2", "Answer: 3"]
+    asks = [asked("?")]
+    for vote, answer, place in ((ByLikelihood(), "3", 3), (Majority(), "2", 1)):
+        strategy = SelfConsistency(n=4, vote=vote, prompt=ChainOfThought())
+        (thought,) = strategy(Unsure(lambda ask, k: said[k]), asks)
+        assert thought.answer == answer
+        assert thought.trace == tuple(f"Let's think step by step.\n{s}" for s in said)
+        assert thought.text == thought.trace[place]
+    (best,) = BestOfN(n=4, prompt=ChainOfThought())(Unsure(lambda ask, k: said[k]), asks)
+    assert best.text == thought.trace[3]
+    (first,) = BestOfN(n=4)(Scripted(lambda ask, k: said[3 - k]), asks)
+    assert first.text == said[3], "the first of those that are equally good"
 
 
 def test_likelihood_is_the_geometric_mean() -> None:
@@ -208,6 +241,28 @@ def test_refinement_talks_as_in_the_paper() -> None:
         "The sum is wrong.",
         strategy.refine,
     ]
+    assert [t["role"] for t in refined.turns] == ["user", "assistant"] * 2 + ["user"]
+
+
+def test_refinement_ends_with_the_rounds_or_with_nothing_to_mend() -> None:
+    """Each round criticises the answer of the one before; silence is no mistake."""
+
+    def say(ask: Ask, k: int) -> str:
+        last, before = ask.turns[-1]["content"], ask.turns[-2:-1]
+        if last == "mend":
+            return f"Answer: {int(ask.turns[1]['content'][-1]) + 1}"
+        if last == "check":
+            return " " if before[0]["content"].endswith("3") else "Wrong."
+        return f"<think>hm</think>Answer: {last}"
+
+    for rounds, answers in ((1, ["2", "3"]), (2, ["3", "3"]), (5, ["3", "3"])):
+        strategy = CritiqueAndRefine(
+            rounds=rounds, critique="check", refine="mend", prompt=ChainOfThought()
+        )
+        found = strategy(Scripted(say), [asked("1"), asked("3")])
+        assert [t.answer for t in found] == answers
+        assert found[1].trace[0] == "Let's think step by step.\n<think>hm</think>Answer: 3"
+        assert found[1].trace[1:] == (" ",)
 
 
 # Budgets and privacy
@@ -229,8 +284,10 @@ def test_early_stops_are_overruled() -> None:
     assert private(thought.text) == "hm\nWaithm\nWaithm"
     assert thought.answer == "7"
     assert thought.tokens == 6 + 2
+    assert thought.text == "<think>\nhm\nWaithm\nWaithm\n</think>\nAnswer: 7"
     with pytest.raises(ValueError, match="least=9 is more than most=5"):
         ThinkingBudget(most=5, least=9)
+    assert ThinkingBudget(most=5, least=5).least == 5
 
 
 @pytest.mark.parametrize(

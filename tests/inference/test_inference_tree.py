@@ -25,7 +25,7 @@ from treadle.inference.sampling import Sampling
 from treadle.inference.sequence import Active
 from treadle.inference.speculative import Draft, Guesser, NGram
 from treadle.inference.torch_runner import TorchRunner
-from treadle.kernels.native.build import COMPILERS
+from treadle.kernels.compiler import COMPILERS
 from treadle.models.llama import tiny_llama
 from treadle.tokenizers.tokenizer import Tokenizer
 

@@ -43,6 +43,15 @@ def test_the_score_is_the_probability_of_yes() -> None:
     assert thinker.spent == {0: 3}, "a verdict costs a token"
 
 
+def test_a_text_without_room_for_a_verdict_comes_last() -> None:
+    thinker, texts = asker(), ["Answer: 2", "long " * 120, "Answer: 3"]
+    paths = [Completion((), t, (), "stop") for t in texts]
+    first, long, last = ByVerdict()(thinker, Ask(0, TURNS), texts, paths)
+    assert (long, thinker.overflows) == (0.0, 1)
+    assert first > 0
+    assert last > 0
+
+
 def test_the_best_is_the_one_it_calls_right() -> None:
     thinker = asker()
     sampling = Sampling(temperature=1.0, max_tokens=6)

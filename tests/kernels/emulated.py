@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from treadle.kernels.compiler import ALWAYS
 from treadle.kernels.native.build import FLAGS, SOURCES, Pass, Rope, Shape
 from treadle.kernels.native.levels import Level
 
@@ -37,7 +38,7 @@ class Emulated:
 
     def __init__(self, target: Target, level: Level, folder: Path) -> None:
         program = folder / f"{level.name}-emulated"
-        flags = [f for f in (*FLAGS, *level.flags) if f not in ("-shared", "-fPIC")]
+        flags = [f for f in (*ALWAYS, *FLAGS, *level.flags) if f not in ("-shared", "-fPIC")]
         source = str(HERE / "emulated.cpp")
         command = [target.compiler, *flags, "-static", f"-I{SOURCES}", source, "-o", str(program)]
         subprocess.run(command, check=True)

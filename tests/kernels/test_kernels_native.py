@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from treadle.core.errors import TreadleError
 from treadle.kernels.blocks import FORMATS, dequantise, quantise
+from treadle.kernels.compiler import COMPILERS
 from treadle.kernels.native import build as native
 from treadle.kernels.native import levels
 from treadle.kernels.native.build import compiled, library
@@ -26,9 +27,7 @@ from treadle.kernels.native.matrix import (
     round_groups,
 )
 
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, native.COMPILERS)), reason="no C++ compiler"
-)
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
 SHAPES = [(16, 32, 1), (48, 64, 8), (100, 96, 3), (576, 576, 11), (7, 160, 70)]
 SUPER_SHAPES = [(16, 256, 1), (48, 512, 8), (100, 768, 3), (7, 256, 70)]
 HERE = [level.name for level in LEVELS if level.needs <= features()]

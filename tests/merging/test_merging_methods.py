@@ -108,6 +108,30 @@ def test_weights_of_ties_match_loops() -> None:
         assert float(found[row, column]) == pytest.approx(exact, rel=1e-4, abs=1e-5)
 
 
+def test_ties_by_hand() -> None:
+    """Votes that cancel each other elect the positive; a negative weight turns a vote round."""
+    two = torch.tensor([[2.0, -1.0, 0.0, 1.0], [-2.0, -3.0, 0.0, 2.0]])
+    assert SignElected()(two, torch.ones(2, 1)).tolist() == [2.0, -2.0, 0.0, 1.5]
+    turned = SignElected()(two, torch.tensor([[1.0], [-1.0]]))
+    assert turned.tolist() == [2.0, 3.0, 0.0, -2.0]
+    assert Largest(density=0.1)(torch.tensor([[1.0, -3.0], [2.0, 0.5]]), "w").tolist() == [
+        [0.0, -3.0],
+        [0.0, 0.0],
+    ]
+
+
+def test_only_the_sum_is_rounded() -> None:
+    torch.manual_seed(0)
+    states = [{"w": torch.randn(50).bfloat16()} for _ in range(3)]
+    base = {"w": torch.randn(50).bfloat16()}
+    found = merge_states(Average(), states)["w"]
+    assert torch.equal(found, (sum(s["w"].float() for s in states) / 3).bfloat16())
+    added = merge_states(TaskVectors(), states, base)["w"]
+    exact = sum(s["w"].float() for s in states) - 2 * base["w"].float()
+    assert (added.float() - exact).abs().max() <= 2**-8 * exact.abs().max()
+    assert added.dtype == torch.bfloat16
+
+
 def test_dare_keeps_a_random_share_and_the_mean() -> None:
     tau = torch.randn(200, 300)
     thin = RandomRescaled(density=0.25)(tau, "0/w")

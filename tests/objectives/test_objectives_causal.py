@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from treadle.data.batch import Piece, assemble
-from treadle.models.decoder import Decoder
+from treadle.models.decoder import Decoder, LinearHead
 from treadle.nn.block import Block
 from treadle.nn.ffn.ffn import GatedMLP
 from treadle.nn.mixers.attention import Attention
 from treadle.nn.norms import RMSNorm
 from treadle.objectives.causal import CausalLM
+from treadle.objectives.distil import Distil, HardLabels
+from treadle.objectives.objective import Objective
 
 NAMES = {
     "embedding.weight": "model.embed_tokens.weight",
@@ -96,6 +101,27 @@ def test_matches_transformers() -> None:
         torch.testing.assert_close(
             parameter.grad, grads[theirs_name(name)].grad, rtol=1e-4, atol=1e-6, msg=name
         )
+
+
+@pytest.mark.parametrize("objective", [CausalLM(), Distil(terms=(HardLabels(),))], ids=str)
+def test_weights_biases_and_caps_count(objective: Objective) -> None:
+    plain, _ = pair()
+    torch.manual_seed(3)
+    model = plain.config.replace(head=LinearHead(bias=True), softcap=2.0).build()
+    torch.nn.init.normal_(model.head.bias)
+    tokens, learn = documents()
+    batch = assemble([Piece(t, m) for t, m in zip(tokens, learn, strict=True)])
+    batch = replace(batch, weights=torch.rand(len(batch.weights)))
+    output = objective(model, batch)
+    logits = model.head(model(batch.tokens, batch.context())[batch.sources])
+    losses = F.cross_entropy(2 * torch.tanh(logits / 2), batch.targets, reduction="none")
+    expected = (batch.weights * losses).sum()
+    torch.testing.assert_close(output.total, expected)
+    assert output.weight == batch.weights.sum()
+    parameters = list(model.parameters())
+    ours = torch.autograd.grad(output.total, parameters)
+    for a, b in zip(ours, torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_accuracy_counts_likeliest_tokens() -> None:

@@ -133,9 +133,14 @@ def test_relevance_matches_sentence_transformers() -> None:
     output = Relevance()(model, batch)
     theirs = loss([["a", "b", "c"], ["d", "e", "f"]], batch.values)
     same_gradients(model, output.total / output.weight, theirs)
-    assert float(output.metrics["accuracy"]) == sum(
-        (float(s) > 0) == (float(v) > 0.5) for s, v in zip(logits[:, 0], batch.values, strict=True)
-    )
+    (bias,) = (p for p in model.parameters() if p.shape == (1,))
+    middle = float(logits[:, 0].detach().median())
+    for place in (-0.5, 0.5):  # the middle score just below and just above zero
+        bias.data += place - middle
+        middle = place
+        scores = read(model, batch.tokens, batch.context(), batch.sources)[:, 0].tolist()
+        right = sum((s > 0) == (v > 0.5) for s, v in zip(scores, (1, 0, 0.7), strict=True))
+        assert float(Relevance()(model, batch).metrics["accuracy"]) == right
 
 
 def test_micro_batches_add_up() -> None:

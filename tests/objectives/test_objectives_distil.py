@@ -13,7 +13,7 @@ from train.tiny import VOCAB, documents, tiny_model
 from treadle.core.errors import TreadleError
 from treadle.data.batch import Batch, assemble
 from treadle.kernels import linear_cross_entropy as lce
-from treadle.models.decoder import DecoderModel
+from treadle.models.decoder import DecoderModel, LinearHead
 from treadle.objectives.causal import CausalLM
 from treadle.objectives.distil import Distil, HardLabels, TaughtBatch
 from treadle.objectives.divergence import (
@@ -144,6 +144,42 @@ def test_divergences_match_float64(divergence: Divergence, k: int | None) -> Non
     compare(ours, output.total / output.weight, theirs, expected)
 
 
+@pytest.mark.parametrize("k", [None, 5])
+def test_caps_biases_and_temperature_of_both(k: int | None) -> None:
+    """Student and teacher with heads of their own, biases and capped logits."""
+
+    def capped(model: DecoderModel, cap: float, seed: int) -> DecoderModel:
+        return moved(model.config.replace(head=LinearHead(bias=True), softcap=cap).build(), seed)
+
+    ours, theirs = (capped(tiny_model(), 4.0, 5) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    theirs.double()
+    wise, batch = capped(teacher(), 2.5, 6).requires_grad_(False), plain()
+    p = (logits(wise).double() / 3).softmax(-1)
+    q = (logits(theirs) / 3).softmax(-1)
+    if k is None:
+        batch = given(
+            batch,
+            teacher_hidden=wise(batch.tokens, batch.context())[batch.sources],
+            teacher_head=wise.head.weight,
+            teacher_bias=wise.head.bias,
+            teacher_softcap=2.5,
+        )
+    else:
+        top = p.topk(k, -1)
+        logprobs = top.values.log().float()
+        batch = given(
+            batch, top_tokens=top.indices.int(), top_logprobs=logprobs, top_temperature=3.0
+        )
+        p = torch.cat([top.values, 1 - top.values.sum(-1, keepdim=True)], -1)
+        named = q.gather(-1, top.indices)
+        q = torch.cat([named, 1 - named.sum(-1, keepdim=True)], -1)
+    output = Distil(terms=(SoftLabels(temperature=Steady(value=3.0)),))(ours, batch)
+    expected = 9 * formula(ForwardKL(), p, q).mean()
+    assert expected > 0.1
+    compare(ours, output.total / output.weight, theirs, expected)
+
+
 def test_mixture_is_the_sum_of_its_terms() -> None:
     ours, theirs, batch = student(), student(), taught_batch()
     output = Distil(terms=(HardLabels(weight=0.3), SoftLabels(weight=0.7)))(ours, batch)
@@ -151,6 +187,9 @@ def test_mixture_is_the_sum_of_its_terms() -> None:
     expected = 0.3 * hard.total / hard.weight + 0.7 * soft.total / soft.weight
     compare(ours, output.total / output.weight, theirs, expected)
     assert set(output.metrics) == {"hard_labels", "soft_labels"}
+    assert not any(value.requires_grad for value in output.metrics.values())
+    several = Distil(terms=(SoftLabels(), HardLabels(), SoftLabels(divergence=ReverseKL())))
+    assert set(several(ours, batch).metrics) == {"soft_labels_0", "hard_labels", "soft_labels_2"}
 
 
 def test_student_that_is_its_teacher_has_no_loss() -> None:

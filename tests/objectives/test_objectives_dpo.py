@@ -145,6 +145,23 @@ def test_losses_and_gradients_match_trl(name: str) -> None:
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5, msg=n)
 
 
+def test_measures_of_pairs() -> None:
+    """Implicit rewards beta log pi / ref, and how often the chosen answer's is the higher."""
+    metrics = DPO(beta=0.3)(moved(), pair_batch()).metrics
+    with torch.no_grad():
+        gaps = padded_logprobs(moved()).sum(-1) - padded_logprobs(tiny_model()).sum(-1)
+    chosen, rejected = (0.3 * gaps).chunk(2)
+    expected = {
+        "accuracy": float(sum(c > r for c, r in zip(chosen, rejected, strict=True))),
+        "margin": float((chosen - rejected).sum()),
+        "chosen": float(chosen.sum()),
+        "rejected": float(rejected.sum()),
+    }
+    assert {k: float(v) for k, v in metrics.items()} == pytest.approx(expected, rel=1e-4)
+    assert 0 < expected["accuracy"] < len(PAIRS)
+    assert not any(m.requires_grad for m in metrics.values())
+
+
 def test_robust_loss_is_unbiased_under_flips() -> None:
     """Its expectation over labels flipped at the rate eps is the clean loss."""
     z = torch.linspace(-4, 4, 33, dtype=torch.float64)
@@ -163,6 +180,15 @@ def test_confidence_of_smoothing_is_label_smoothing() -> None:
     torch.testing.assert_close(DPO()(moved(), extended_with(batch, 1 - eps)).total, smoothed)
 
 
+def test_a_doubtful_pair_is_asked_for_its_target_both_ways() -> None:
+    margin = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    confidence = torch.linspace(0, 1, 9, dtype=torch.float64)
+    loss = DPO(target=0.7).preference(margin, confidence)
+    right, wrong = (1 / (1 + (0.7 - m).exp()) for m in (margin, -margin))
+    exact = -(confidence * right.log() + (1 - confidence) * wrong.log())
+    torch.testing.assert_close(loss, exact)
+
+
 def extended_with(batch, confidence: float):
     fields = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
     return type(batch)(**fields | {"confidence": torch.full((len(PAIRS),), confidence)})
@@ -173,6 +199,9 @@ def test_complement_of_a_certain_answer_is_finite() -> None:
     odds = AgainstComplement()(logp, None)
     odds.sum().backward()
     assert odds.isfinite().all()
+    some = torch.tensor([-1e-5, -0.02, -0.3, -1.0, -20.0])
+    exact = some.double() - (-some.double().exp()).log1p()
+    torch.testing.assert_close(AgainstComplement()(some, None).double(), exact, rtol=1e-5, atol=0)
     assert logp.grad is not None
     assert logp.grad.isfinite().all()
 

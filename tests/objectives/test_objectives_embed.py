@@ -106,6 +106,11 @@ def test_matryoshka_matches_sentence_transformers() -> None:
             ),
         )
         compare(model, output.total / output.weight, expected)
+        whole = Embed(loss=InfoNCE())(model, batch)
+        assert output.metrics["accuracy"] == whole.metrics["accuracy"]
+        even = Embed(loss=loss.replace(weights=()))(model, batch)
+        ones = Embed(loss=loss.replace(weights=(1.0, 1.0, 1.0)))(model, batch)
+        assert_close(even.total, ones.total)
 
 
 def test_likeness_matches_sentence_transformers() -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from chat_env import Numbered, chat_env
+from chat_env import ChatModel, Numbered, chat_env
 from train.tiny import documents, tiny_model
 
 from treadle.core.errors import ConfigError
+from treadle.core.files import write_text
+from treadle.core.pipeline import MANIFEST, Pipeline, Workspace
 from treadle.data.batch import assemble
 from treadle.data.supervised import Supervised
 from treadle.objectives.causal import CausalLM
@@ -18,7 +20,15 @@ from treadle.objectives.ewc import EWC, Memory, remember
 from treadle.peft.adapter import adapted, merge
 from treadle.peft.lora import LoRA
 from treadle.peft.sparse import with_masks
-from treadle.train.fisher import examples, fisher, fisher_masks
+from treadle.train.fisher import (
+    Fisher,
+    FisherMasked,
+    Remembered,
+    examples,
+    fisher,
+    fisher_masks,
+)
+from treadle.train.precision import FP32
 
 
 def test_penalty_by_hand() -> None:
@@ -48,6 +58,7 @@ def test_penalty_by_hand() -> None:
         expected, rel=1e-4
     )
     assert float(output.metrics["spring"] / output.weight) == pytest.approx(expected, rel=1e-4)
+    assert not any(value.requires_grad for value in output.metrics.values())
     ours = torch.autograd.grad(output.total - plain.total, list(names.values()))
     for (name, parameter), gradient in zip(names.items(), ours, strict=True):
         pull = sum(3.0 * F_[t][name] * (parameter - anchor[t][name]) for t in range(2))
@@ -75,6 +86,35 @@ def test_fisher_by_hand(tmp_path: Path) -> None:
     assert found.keys() == expected.keys()
     for name in names:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-6)
+
+
+def test_what_was_measured_is_read_again(tmp_path: Path) -> None:
+    """A model that remembers it, and one that trains where it is largest."""
+    source = Supervised(conversations=Numbered(word="loom", amount=3), per_step=4)
+    model, folder = ChatModel(folder=str(tmp_path)), tmp_path / "fisher"
+    folder.mkdir()
+    work = Workspace(tmp_path, folder, Pipeline(name="none", steps=()))
+    step = Fisher(model=model, source=source, examples=3, precision=FP32())
+    figures = step.execute(work)
+    write_text(folder / MANIFEST, "{}")
+    env = chat_env(tmp_path)
+    expected = fisher(env.model, CausalLM(), examples(source, env, 3), env)
+    assert figures["trace"] == pytest.approx(sum(float(f.sum()) for f in expected.values()))
+    assert figures["parameters"] == sum(p.numel() for p in env.model.parameters())
+
+    memory = Remembered(model=model, step="fisher").open(work).model.get_submodule("memory_0")
+    assert isinstance(memory, Memory)
+    assert set(memory.names) == set(expected)
+    for place, name in enumerate(memory.names):
+        torch.testing.assert_close(memory.get_buffer(f"fisher_{place}"), expected[name])
+        assert torch.equal(memory.get_buffer(f"anchor_{place}"), env.model.get_parameter(name))
+
+    masked = FisherMasked(model=model, step="fisher", density=0.1, targets=("q", "up"))
+    layers = adapted(masked.open(work).model)
+    masks = fisher_masks(env.model, expected, ("q", "up"), 0.1)
+    assert {n: m.places.tolist() for n, m in layers.items()} == {
+        n: places.tolist() for n, places in masks.items() if len(places)
+    }
 
 
 def test_masks_are_the_largest_of_all_layers(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from deaf import Deaf
 from train.tiny import documents, tiny_model
 
 from treadle.core.errors import ConfigError, TreadleError
@@ -14,6 +15,7 @@ from treadle.data.batch import Batch, Piece, assemble
 from treadle.models.decoder import DecoderModel
 from treadle.nn.context import Packed
 from treadle.nn.layout import Layout
+from treadle.nn.mixers.attention import Attention
 from treadle.objectives.attention_transfer import AttentionMaps, ValueRelations
 from treadle.objectives.distil import Distil, TaughtBatch
 from treadle.objectives.hidden_states import (
@@ -43,7 +45,8 @@ def teacher() -> DecoderModel:
 
 @torch.no_grad()
 def lesson(model: DecoderModel, states=(0, 3), attention: int = 2) -> TaughtBatch:
-    batch = assemble(documents(0, 5))
+    batch = assemble([*(counting(n) for n in (10, 9, 8)), *documents(0, 5)])
+    assert any((bucket.queries < 0).any() for bucket in batch.layout.buckets)  # padded rows
     batch = replace(batch, weights=torch.rand(len(batch.weights)))
     seen = observe(model, batch, states=states, attention=(attention,))
     looked = seen.attention[attention]
@@ -55,6 +58,11 @@ def lesson(model: DecoderModel, states=(0, 3), attention: int = 2) -> TaughtBatc
         teacher_v=looked.v,
         teacher_scale=looked.rule.scale,
     )
+
+
+def counting(length: int) -> Piece:
+    """Learned from its first token on."""
+    return Piece(list(range(length, 2 * length)), [True] * length)
 
 
 def blocks(model: DecoderModel, tokens: torch.Tensor) -> list[torch.Tensor]:
@@ -98,6 +106,8 @@ def test_hidden_states_match_tinybert_formula(distance) -> None:
     ours, theirs = (StudentProjection(width=24)(student()) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
     assert ours.projection.weight.requires_grad
+    fresh = StudentProjection(width=500)(student()).projection.weight
+    assert fresh.std().item() == pytest.approx(16**-0.5, rel=0.05)
     batch = lesson(teacher())
     output = Distil(terms=(HiddenStates(layers=(0, 1), distance=distance),))(ours, batch)
     total = torch.zeros(())
@@ -123,6 +133,33 @@ def divergence(scores_t: torch.Tensor, scores_s: torch.Tensor, row: int) -> torc
     return (p * (p.log() - q.log())).sum()
 
 
+def shared_keys(model: DecoderModel, heads: int, kv_heads: int) -> DecoderModel:
+    """The same shape of model with several heads on one key."""
+    (block,) = set(model.config.blocks)
+    blocks = (block.replace(mixer=Attention(heads=heads, kv_heads=kv_heads)),)
+    return moved(model.config.replace(blocks=blocks * len(model.blocks)).build())
+
+
+def test_heads_that_share_keys() -> None:
+    """Student and teacher share them unequally: head h of either sees key h // (heads a key)."""
+    ours, theirs = (shared_keys(tiny_model(), 4, 2) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    wise = shared_keys(tiny_model(seed=8, layers=4, dim=24), 4, 1)
+    batch = lesson(wise)
+    output = Distil(terms=(AttentionMaps(layer=1),))(ours, batch)
+    total = torch.zeros(())
+    for tokens, rows in alone(batch):
+        mine = observe(theirs, assemble_one(tokens), attention=(1,)).attention[1]
+        with torch.no_grad():
+            goal = observe(wise, assemble_one(tokens), attention=(2,)).attention[2]
+        for i, w in rows:
+            for h in range(4):
+                t = goal.q[:, h] @ goal.k[:, 0].T / math.sqrt(6)
+                s = mine.q[:, h] @ mine.k[:, h // 2].T / math.sqrt(4)
+                total = total + w * divergence(t, s, i) / 4
+    compare(ours, output.total / output.weight, theirs, total / batch.weights.sum())
+
+
 @pytest.mark.parametrize("relation_heads", [2, 4])
 def test_attention_matches_minilm_formula(relation_heads: int) -> None:
     """Equations 7 to 10 of MiniLM for each document alone: maps of two heads, value relations."""
@@ -131,7 +168,7 @@ def test_attention_matches_minilm_formula(relation_heads: int) -> None:
     output = Distil(terms=terms)(ours, batch)
     total = torch.zeros(())
     for tokens, rows in alone(batch):
-        small = Batch(**{f.name: getattr(assemble_one(tokens), f.name) for f in fields(Batch)})
+        small = assemble_one(tokens)
         mine = observe(theirs, small, attention=(1,)).attention[1]
         with torch.no_grad():
             goal = observe(teacher(), small, attention=(2,)).attention[2]
@@ -176,6 +213,13 @@ def test_bad_terms() -> None:
     odd = replace(batch, teacher_q=torch.randn(len(batch.tokens), 3, 8))
     with pytest.raises(TreadleError, match=r"AttentionMaps: the student has 2 heads.*teacher 3"):
         Distil(terms=(AttentionMaps(layer=1),))(student(), odd)
+    odd = replace(batch, teacher_v=torch.randn(len(batch.tokens), 3, 8))
+    with pytest.raises(TreadleError, match=r"ValueRelations: the student has 2.*the teacher 3"):
+        Distil(terms=(ValueRelations(layer=1),))(student(), odd)
+    blind = student().config
+    blind = blind.replace(blocks=(blind.blocks[0], blind.blocks[1].replace(mixer=Deaf())))
+    with pytest.raises(ConfigError, match="layer 1 does not attend: watch another one"):
+        Distil(terms=(AttentionMaps(layer=1),))(blind.build(), batch)
     none = replace(batch, teacher_states=None)
     with pytest.raises(TreadleError, match=r"set `lesson` of the source Taught to Live\(states"):
         Distil(terms=(HiddenStates(layers=(1,)),))(student(), none)

@@ -63,6 +63,15 @@ def test_loss_and_gradients_match_trl(seed: int) -> None:
 
 
 def test_the_distance_from_the_reference_is_met_above_and_at_zero() -> None:
-    """Some seeds go beyond z0 = 0 and some are clamped, so the comparison sees both."""
+    """Some seeds go beyond z0 = 0 and some are clamped, so the comparison sees both; rewards are
+    beta log pi / ref, summed over good and bad answers."""
+    metrics = KTO(beta=0.4)(moved(), labelled()).metrics
+    with torch.no_grad():
+        gaps = padded_logprobs(moved()).sum(-1) - padded_logprobs(tiny_model()).sum(-1)
+    first, second, third = (0.4 * float(gap) for gap in gaps[:3])
+    assert float(metrics["reward_good"]) == pytest.approx(first + third, rel=1e-4)
+    assert float(metrics["reward_bad"]) == pytest.approx(second, rel=1e-4)
+    assert float(metrics["kl"]) == pytest.approx(max(0.0, float(gaps[3:].sum())), rel=1e-4)
+    assert not any(m.requires_grad for m in metrics.values())
     distances = [float(KTO()(moved(seed), labelled()).metrics["kl"]) for seed in (3, 4, 5)]
     assert min(distances) == 0.0 < max(distances)

@@ -89,6 +89,9 @@ def test_weights_count(tmp_path: Path) -> None:
     assert_close(some.total, single[0] + 2 * single[2])
     assert_close(whole.total, torch.stack(single).sum())
     assert some.weight == 3
+    hidden = model(batch().tokens, batch().context())[HIDDEN]
+    said = replace(batch(), targets=model.logits(hidden).argmax(-1), weights=2 * weights)
+    assert MaskedLM()(model, said).metrics["accuracy"] == 6
 
 
 def test_a_fresh_head_learns_on_an_encoder_without_one() -> None:

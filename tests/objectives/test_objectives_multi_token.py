@@ -65,6 +65,7 @@ def test_equals_a_loop_over_texts(head: AheadHead, skip: int) -> None:
                     right[k - 1] += int(logits.argmax() == text[i])
     (total / count).backward()
     assert float(output.weight) == count
+    assert not model._forward_hooks
     assert_close(output.total, total, atol=1e-4, rtol=1e-4)
     assert [int(output.metrics[f"ahead_{k}"]) for k in (1, 2)] == right
     for name, parameter in model.named_parameters():

@@ -159,6 +159,7 @@ def test_losses_and_gradients_match_trl(name: str) -> None:
     ours, theirs = tiny(), tiny()
     output = objective(ours, batch)
     (output.total / output.weight).backward()
+    assert not any(m.requires_grad for m in output.metrics.values())
     expected = trl_loss(theirs, batch, **settings)
     expected.backward()
     torch.testing.assert_close(output.total / output.weight, expected, rtol=1e-4, atol=1e-6)

@@ -12,7 +12,7 @@ from treadle.alignment.trees import assemble_trees, extended
 from treadle.alignment.value_head import ValueHead
 from treadle.core.errors import TreadleError
 from treadle.models.decoder import DecoderModel
-from treadle.objectives.ppo import PPO, PPOBatch
+from treadle.objectives.ppo import PPO, PPOBatch, state_values
 
 
 def with_value(model: DecoderModel) -> DecoderModel:
@@ -64,6 +64,7 @@ def test_loss_and_gradients_match_float64() -> None:
     ours, theirs = with_value(moved()), with_value(moved()).double()
     output = PPO(value_clip=0.3, value_weight=0.4)(ours, batch)
     (output.total / output.weight).backward()
+    assert not any(m.requires_grad for m in output.metrics.values())
     expected = by_hand(theirs, batch, low=0.2, clip=0.3, weight=0.4)
     expected.backward()
     loss = (output.total / output.weight).double()
@@ -85,6 +86,16 @@ def test_gae_is_the_sum_of_its_definition(gamma: float, lam: float) -> None:
     if lam == 1.0:  # the returns are then those of the rewards alone
         totals = [sum(gamma**k * rewards[t + k] for k in range(9 - t)) for t in range(9)]
         torch.testing.assert_close(found.returns, torch.stack(totals))
+
+
+def test_values_are_reckoned_in_float32() -> None:
+    model = with_value(tiny_model())
+    hidden = torch.randn(5, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = state_values(model, hidden)
+    exact = hidden @ model.value.weight[0] + model.value.bias[0]
+    torch.testing.assert_close(value, exact)
+    assert state_values(model.bfloat16(), hidden.bfloat16()).dtype == torch.float32
 
 
 def test_a_missing_value_head_is_named() -> None:

@@ -11,7 +11,7 @@ from train.tiny import VOCAB, documents, tiny_model
 from treadle.core.errors import TreadleError
 from treadle.data.batch import Batch, assemble
 from treadle.kernels import linear_cross_entropy as lce
-from treadle.models.decoder import DecoderModel
+from treadle.models.decoder import DecoderModel, LinearHead
 from treadle.objectives.distil import Distil, TaughtBatch
 from treadle.objectives.ranked_labels import RankedLabels
 
@@ -71,9 +71,16 @@ def test_matches_sorted_loop(ranks: int, vocab: int) -> None:
 
 def test_which_token_is_which_does_not_matter() -> None:
     """A student whose vocabulary is shuffled has the same distance; one that agrees has none."""
-    batch, model = ranked_batch(5, 40), student()
-    before = Distil(terms=(RankedLabels(),))(model, batch).total
+    batch = ranked_batch(5, 40)
+    torch.manual_seed(3)
+    model = tiny_model().config.replace(head=LinearHead()).build()
     with torch.no_grad():
+        model.head.weight.copy_(torch.randn_like(model.head.weight))
+    before = Distil(terms=(RankedLabels(),))(model, batch).total.detach()
+    with torch.no_grad():
+        model.head.weight.copy_(model.head.weight[torch.randperm(VOCAB)])
+        after = Distil(terms=(RankedLabels(),))(model, batch).total
+        torch.testing.assert_close(after, before)
         hidden = model(batch.tokens, batch.context())[batch.sources[batch.ranked_rows]]
         own = model.logits(hidden).log_softmax(-1).sort(-1, descending=True).values[:, :5]
         same = {**vars(batch), "ranked_logprobs": own}

@@ -67,6 +67,29 @@ def test_margins_of_pairs_go_before_the_common_one() -> None:
     torch.testing.assert_close(BradleyTerry(margin=9.0)(model, same).total, common)
 
 
+def test_doubtful_labels_count_for_both_orders() -> None:
+    """Value and gradient from rows; measures are sums over pairs."""
+    ours, theirs = reward_model(), reward_model()
+    sure = torch.tensor([1.0, 0.8, 0.6])
+    output = BradleyTerry(margin=0.4)(ours, replace(pair_batch(), confidence=sure))
+    output.total.backward()
+    chosen, rejected = row_scores(theirs).chunk(2)
+    right, wrong = (1 / (1 + (0.4 - d).exp()) for d in (chosen - rejected, rejected - chosen))
+    expected = -(sure * right.log() + (1 - sure) * wrong.log()).sum()
+    expected.backward()
+    torch.testing.assert_close(output.total, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        ours.head.linear.weight.grad, theirs.head.linear.weight.grad, rtol=1e-3, atol=1e-4
+    )
+    measures = {
+        "accuracy": float((chosen > rejected).sum()),
+        "margin": float((chosen - rejected).detach().sum()),
+        "score": float((chosen + rejected).detach().sum() / 2),
+    }
+    assert {k: v.item() for k, v in output.metrics.items()} == pytest.approx(measures, rel=1e-3)
+    assert not any(m.requires_grad for m in output.metrics.values())
+
+
 def test_half_a_confidence_asks_for_equal_scores() -> None:
     """At q = 1/2 and no margin the loss is least, ln 2, where both scores are the same."""
     scores = RewardHead()(tiny_model())

@@ -65,7 +65,7 @@ def test_loss_and_gradients_by_rows(centre: float, confidence: torch.Tensor | No
         hidden = theirs(torch.tensor(prompt + answer))
         return theirs.head.scores(hidden[-1]), theirs.head.gate(hidden[len(prompt) - 1])
 
-    total = 0.0
+    total, gates, margins = 0.0, [], []
     for i, ((prompt, good, bad), kind) in enumerate(zip(PAIRS, KINDS, strict=True)):
         (r_w, gate), (r_l, _) = parts(prompt, good), parts(prompt, bad)
         if kind == WHOLE:
@@ -75,11 +75,17 @@ def test_loss_and_gradients_by_rows(centre: float, confidence: torch.Tensor | No
         else:
             d = r_w[kind] - r_l[kind]
             pull = centre * (r_w[kind] + r_l[kind]) ** 2
+        gates.append(gate.detach().softmax(-1))
+        margins.append(d.item())
         q = 1.0 if confidence is None else float(confidence[i])
         p = 1 / (1 + (-d).exp())
         total = total - q * p.log() - (1 - q) * (1 - p).log() + pull
     (total / 3).backward()
     torch.testing.assert_close(output.total, total, rtol=1e-4, atol=1e-5)
+    measures = {"accuracy": sum(m > 0 for m in margins), "margin": sum(margins)}
+    measures |= {f"gate_{k}": float(g) for k, g in enumerate(sum(gates))}
+    assert {k: v.item() for k, v in output.metrics.items()} == pytest.approx(measures, rel=1e-3)
+    assert not any(m.requires_grad for m in output.metrics.values())
     for (n, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4, msg=n)
 

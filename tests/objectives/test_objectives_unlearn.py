@@ -45,6 +45,10 @@ def test_losses_by_hand(forget: Forget, beta: float | None, tmp_path: Path) -> N
     for i, (target, sequence) in enumerate(zip(batch.targets, batch.sequences, strict=True)):
         own[int(sequence)].append(logp[i, target])
     expected = torch.zeros((), dtype=torch.float64)
+    means = [-float(torch.stack(part).mean().detach()) for part in own]
+    for name, losses in (("forget_loss", means[::2]), ("retain_loss", means[1::2])):
+        assert float(output.metrics[name]) == pytest.approx(sum(losses), rel=1e-5)
+        assert not output.metrics[name].requires_grad
     assert batch.reference is not None
     for place in range(0, len(own), 2):
         gone, kept = torch.stack(own[place]), torch.stack(own[place + 1])

@@ -72,6 +72,7 @@ def test_fused_matches_torch_unfused() -> None:
 def test_which_parameters_decay(rule: DecayMatrices | DecayAll, decays: set[str]) -> None:
     named = parameters()
     optimizer = AdamW(lr=1.0, weight_decay=0.5, decay=rule).build(named)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.5  # those that decay come first
     for _, p in named:
         p.grad = torch.zeros_like(p)
     before = {n: p.detach().clone() for n, p in named}

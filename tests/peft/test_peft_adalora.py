@@ -64,6 +64,8 @@ def test_matches_peft(tmp_path: Path) -> None:
 def test_start_equals_base_and_merged_equals_adapted() -> None:
     model = AdaLoRA(rank=4)(tiny())
     assert torch.equal(logits(model), logits(tiny()))
+    for name, factor in trained(model).items():
+        assert name.endswith(".e") or 0.01 < factor.std().item() < 0.03
     perturbed(model, size=0.3)
     before = logits(model)
     torch.testing.assert_close(logits(merge(model)), before, rtol=1e-4, atol=1e-4)
@@ -97,6 +99,7 @@ def test_allocation_matches_peft() -> None:
     theirs_sgd = torch.optim.SGD([p for p in theirs.parameters() if p.requires_grad], lr=0.05)
     allocate = AllocateRanks(optimizer=AdamW(lr=0.05), rank=2, begin=1, end=7, every=2)
     ours_sgd = with_sgd(allocate, model)
+    by_place = {p.data_ptr(): p for p in trained(model).values()}
     counts = []
     for step in range(1, 11):
         row = TOKENS[step % 2][None]
@@ -114,6 +117,15 @@ def test_allocation_matches_peft() -> None:
             expected = theirs.get_parameter(name)
             torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
             assert torch.equal(ours == 0, expected == 0)
+        seen = theirs.base_model.rankallocator.exp_avg_ipt
+        if step < 7:
+            remembered = {name: tensor.clone() for name, tensor in seen.items()}
+        for name, ours in pairs(theirs, model):  # nothing is learned about them from step 7 on
+            state = ours_sgd.state[by_place[ours.data_ptr()]]
+            expected = remembered[name.removeprefix("base_model.model.")]
+            torch.testing.assert_close(
+                state["importance"].view_as(ours), expected, rtol=1e-3, atol=1e-5
+            )
         counts.append(sum(int((m.e != 0).sum()) for m in adapted(model).values()))
     assert counts[0] == 36
     assert counts[-1] == 12
@@ -156,6 +168,9 @@ def test_mistakes_are_named() -> None:
     assert find_triplets(named) == []
     with pytest.raises(ConfigError, match="no AdaLoRA layer trains"):
         AllocateRanks(optimizer=AdamW(lr=1.0), end=5).build(named)
+    AllocateRanks(optimizer=AdamW(lr=1.0), rank=4, end=5).build(
+        list(trained(AdaLoRA(rank=4)(tiny())).items())
+    )
     with pytest.raises(ConfigError, match="layers start with 4; raise AdaLoRA's rank"):
         AllocateRanks(optimizer=AdamW(lr=1.0), end=5).build(
             list(trained(AdaLoRA(rank=4)(tiny())).items())

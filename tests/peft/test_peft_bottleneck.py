@@ -14,7 +14,7 @@ from treadle.nn.block import BlockLayer
 from treadle.nn.context import Packed
 from treadle.nn.layout import Layout
 from treadle.peft.adapter import adapted, disabled, merge
-from treadle.peft.bottleneck import Bottleneck, BottleneckLayer, Parallel
+from treadle.peft.bottleneck import Bottleneck, BottleneckLayer, DenseProjection, Parallel
 from treadle.peft.compacter import Kronecker, KroneckerLayer
 from treadle.peft.files import save_adapter
 from treadle.peft.lora import LoRA
@@ -76,7 +76,11 @@ def test_start_equals_base_and_it_can_be_switched_off() -> None:
     base = logits(tiny())
     for form in (*FORMS.values(), Bottleneck(width=8, projection=Kronecker())):
         model = form(tiny())
-        assert torch.equal(logits(model), base)
+        out = logits(model)
+        assert torch.equal(out, base)
+        out.square().sum().backward()
+        for layer in adapted(model).values():  # D sends something on, so that U begins to learn
+            assert max(float(p.grad.abs().max()) for p in layer.U.parameters()) > 0
         perturbed(model)
         assert not torch.allclose(logits(model), base, atol=1e-2)
         with disabled(model):
@@ -101,6 +105,20 @@ def test_kronecker_matches_the_written_matrix() -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_fresh_factors_keep_the_size_of_what_they_read() -> None:
+    """A of variance 1 / n^2, S and T of Glorot's; biases zero; T zero where zeros are wanted."""
+    torch.manual_seed(0)
+    layer = KroneckerLayer(Kronecker(parts=8, rank=4), 800, 400, zero=False)
+    deviations = {"A": 1 / 8, "S": (2 / (4 * (100 + 8))) ** 0.5, "T": (2 / (50 * (4 + 8))) ** 0.5}
+    for name, expected in deviations.items():
+        assert getattr(layer, name).std().item() == pytest.approx(expected, rel=0.1)
+    assert not layer.bias.any()
+    zero = KroneckerLayer(Kronecker(parts=8, rank=4), 800, 400, zero=True)
+    assert not zero.T.any()
+    assert zero.S.std().item() == pytest.approx(deviations["S"], rel=0.1)
+    assert not DenseProjection().build(4, 3, zero=False).bias.any()
+
+
 def test_compacter_shares_one_set_of_small_matrices() -> None:
     model = Bottleneck(width=8, projection=Kronecker())(tiny())
     layers = [m for m in model.modules() if isinstance(m, KroneckerLayer)]
@@ -122,6 +140,9 @@ def test_lora_goes_inside_and_outside() -> None:
 def test_mistakes_are_named(tmp_path: object) -> None:
     with pytest.raises(ConfigError, match="width 64 is larger than the residual stream of"):
         Bottleneck(width=64)(tiny())
+    Bottleneck(width=32)(tiny())  # as wide as the stream, and no wider
+    with pytest.raises(ConfigError, match="width 33 is larger"):
+        Bottleneck(width=33)(tiny())
     with pytest.raises(ConfigError, match=r"target `attention` matches no layer"):
         Bottleneck(targets=("attention",))(tiny())
     with pytest.raises(ConfigError, match=r"`blocks.0.mixer.q` is no sublayer"):

@@ -30,23 +30,27 @@ def fused(*experts: TinyExpert) -> DecoderModel:
 
 def test_matches_the_formula() -> None:
     """One layer with all that it may read; outputs and gradients of Q, K, V and the input."""
-    model = perturbed(fused(*EXPERTS), size=0.3)
+    model = fused(*EXPERTS)
     layer = adapted(model)["blocks.1.ffn"]
     assert isinstance(layer, FusionLayer)
     x = torch.randn(5, 32, requires_grad=True)
+    start = layer(x)
     y = layer.base(x)
     z = []
     for place, (expert, scale) in enumerate(zip(EXPERTS, (2.0, 1.0, 1.0), strict=True)):
         part = adapted(expert.open(nowhere()).model)["blocks.1.ffn"]
         assert isinstance(part, BottleneckLayer)
         z.append(scale * part.U(F.relu(part.D(x if place == 1 else y))))
+    mean = torch.stack(z).mean(0)  # small Q and K: nearly equal shares
+    assert (start - y - mean).norm() < 0.05 * mean.norm()
+    perturbed(model, size=0.3)
     rows = []
     for n in range(5):
         query = layer.Q @ y[n]
         scores = torch.stack([query @ (layer.K @ each[n]) for each in z])
         shares = torch.exp(scores) / torch.exp(scores).sum()
-        mean = sum(s * (layer.V @ each[n]) for s, each in zip(shares, z, strict=True))
-        rows.append(y[n] + mean)
+        heard = sum(s * (layer.V @ each[n]) for s, each in zip(shares, z, strict=True))
+        rows.append(y[n] + heard)
     expected, ours = torch.stack(rows), layer(x)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
     weight = torch.randn(expected.shape)
@@ -73,6 +77,7 @@ def test_only_attention_trains_and_it_can_be_switched_off() -> None:
     model = fused(*EXPERTS)
     assert {name.rpartition(".")[2] for name in trained(model)} == {"Q", "K", "V"}
     assert len(trained(model)) == 6
+    assert not any(buffer.requires_grad for buffer in model.buffers())
     with disabled(model):
         assert torch.equal(logits(model), logits(tiny()))
     LoRA(rank=2, targets=("q",))(model)
@@ -99,9 +104,11 @@ def test_it_learns_which_adapter_to_listen_to() -> None:
 
 def test_experts_must_fit() -> None:
     both = TinyExpert(transforms=(Bottleneck(width=4),))
-    with pytest.raises(ConfigError, match=r"do not adapt the same sublayers \(`blocks.0.mixer`\)"):
+    with pytest.raises(
+        ConfigError, match=r"experts 1 and 2 do not adapt the same sublayers \(`blocks.0.mixer`\)"
+    ):
         fused(EXPERTS[0], both)
-    with pytest.raises(ConfigError, match="has a LoRALinear"):
+    with pytest.raises(ConfigError, match="expert 1 has a LoRALinear"):
         fused(*[TinyExpert(transforms=(LoRA(rank=2),))] * 2)
     with pytest.raises(ConfigError, match="model 2 was trained on another base"):
         fused(EXPERTS[0], EXPERTS[1].replace(base_seed=3))

@@ -9,20 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from chat_env import Numbered, chat_env
+from chat_env import Numbered, chat_env, chat_tokenizer
+from expert_models import nowhere
 from peft_pair import logits, perturbed, tiny, trained
 
 from treadle.core.errors import ConfigError
+from treadle.core.pipeline import Workspace
 from treadle.data.batch import Batch, Piece, assemble
 from treadle.data.supervised import Supervised
 from treadle.data.tasks import Task, TaskMix
 from treadle.models.decoder import DecoderModel
+from treadle.models.source import ModelSource, Opened
 from treadle.objectives.causal import CausalLM
 from treadle.objectives.described import Described, DescribedBatch
 from treadle.peft.adapter import adapted, disabled
 from treadle.peft.files import load_adapter, save_adapter
-from treadle.peft.hypernetwork import Hypernetwork, as_lora, write, writer_of
-from treadle.peft.lora import LoRA
+from treadle.peft.hypernetwork import Hypernetwork, Written, as_lora, write, writer_of
+from treadle.peft.lora import LoRA, LoRALinear
 from treadle.train.descriptions import WithDescriptions
 
 HYPER = Hypernetwork(rank=2, targets=("q", "v", "down"), hidden=8, codes=3)
@@ -35,6 +38,9 @@ def test_what_is_written_matches_the_formula() -> None:
     writer, plain = writer_of(model), tiny()
     write(model, WORDS)
     ours = logits(model)
+    for layer in adapted(model).values():
+        x = torch.randn(2, 3, layer.in_features)
+        torch.testing.assert_close(layer.merged()(x), layer(x), rtol=1e-4, atol=1e-4)
     about = plain(WORDS).mean(0)
     about = (about - about.mean()) / (about.var(unbiased=False) + 1e-5).sqrt()
     shapes = list(dict.fromkeys((m.out_features, m.in_features) for m in adapted(model).values()))
@@ -76,6 +82,8 @@ def test_it_starts_as_the_base_and_ends_as_a_plain_lora(tmp_path: Path) -> None:
     out = logits(model)
     with disabled(model):
         assert torch.equal(logits(model), logits(tiny()))
+    write(model, WORDS + 1)
+    assert not torch.allclose(logits(model), out, atol=1e-2)
     lora = as_lora(model, WORDS)
     torch.testing.assert_close(logits(lora), out, rtol=1e-4, atol=1e-4)
     assert {n.rpartition(".")[2] for n in trained(lora)} == {"A", "B"}
@@ -83,6 +91,48 @@ def test_it_starts_as_the_base_and_ends_as_a_plain_lora(tmp_path: Path) -> None:
     save_adapter(lora, tmp_path / "written")
     again = load_adapter(tiny(), tmp_path / "written")
     torch.testing.assert_close(logits(again), out, rtol=1e-4, atol=1e-4)
+
+
+class Prepared(ModelSource):
+    """A hypernetwork that never learned, beside a tokenizer in a folder."""
+
+    folder: str
+
+    def open(self, workspace: Workspace) -> Opened:
+        model = perturbed(HYPER(chat_env(Path(self.folder)).model), size=0.3)
+        return Opened(model, Path(self.folder))
+
+
+def test_a_model_is_opened_as_it_is_described(tmp_path: Path) -> None:
+    """What a user writes is read as letters: `<|im_end|>` in it is no token."""
+    chat_tokenizer().save(tmp_path)
+    said, source = "say <|im_end|> weft", Prepared(folder=str(tmp_path))
+    found = Written(model=source, description=said).open(nowhere()).model
+    letters = chat_tokenizer().encode(said, parse_special=False)
+    assert letters != chat_tokenizer().encode(said)
+    expected = as_lora(source.open(nowhere()).model, torch.tensor(letters))
+    assert torch.equal(logits(found), logits(expected))
+    other = Written(model=source, description="say warp").open(nowhere()).model
+    assert not torch.equal(logits(other), logits(expected))
+    assert {type(layer) for layer in adapted(found).values()} == {LoRALinear}
+
+
+def test_fresh_directions_keep_the_size_of_what_they_read() -> None:
+    writer = writer_of(HYPER.replace(rank=8, codes=40, hidden=6)(tiny()))
+    for factors in (writer.A, writer.A0):
+        for factor in factors:
+            expected = factor.shape[-1] ** -0.5
+            assert factor.std().item() == pytest.approx(expected, rel=0.2)
+
+
+def test_loss_is_that_under_what_the_description_says() -> None:
+    batch, model = shift_batch(3, 0), perturbed(HYPER(tiny()), size=0.3)
+    described = Described(objective=CausalLM())(model, batch)
+    described.total.backward()
+    assert all(p.grad is not None for p in trained(model).values())
+    plain = CausalLM()(as_lora(model, batch.description), batch)
+    torch.testing.assert_close(described.total, plain.total, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(plain.total, CausalLM()(tiny(), batch).total, rtol=1e-3)
 
 
 def shift_batch(shift: int, seed: int) -> DescribedBatch:

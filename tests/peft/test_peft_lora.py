@@ -270,6 +270,9 @@ def test_embedding_adapter_equals_its_table() -> None:
     nn.init.normal_(layer.A)
     ids = torch.tensor([[1, 2], [9, 1]])
     torch.testing.assert_close(layer(ids), layer.merged()(ids))
+    assert torch.equal(layer.weight, layer.merged().weight)
+    layer.enabled = False
+    assert torch.equal(layer.weight, layer.base.weight)
 
 
 CONVOLUTIONS = [
@@ -314,6 +317,17 @@ def test_convolutions_match_peft(base: nn.Module, shape: tuple[int, ...]) -> Non
 def test_a_grouped_convolution_is_refused() -> None:
     with pytest.raises(ConfigError, match="`0` convolves in 4 groups"):
         LoRA(rank=2, targets=("0",))(nn.Sequential(nn.Conv1d(4, 4, 3, groups=4)))
+
+
+def test_uniform_start() -> None:
+    """Within 1 / sqrt(n), of n inputs a channel, and out to there."""
+    torch.manual_seed(0)
+    config = LoRA(rank=8, targets=("0",))
+    for base in (nn.Linear(900, 20), nn.Conv1d(300, 20, 3), nn.Conv2d(100, 20, 3)):
+        layer = config(nn.Sequential(base))[0]
+        assert layer.A.abs().max().item() == pytest.approx(1 / 30, rel=1e-3)
+        assert layer.A.std().item() == pytest.approx(1 / 30 / 3**0.5, rel=0.05)
+        assert not layer.B.any()
 
 
 def test_gaussian_start() -> None:

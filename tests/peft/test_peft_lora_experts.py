@@ -112,6 +112,10 @@ def test_start_equals_base_and_merged_equals_adapted(tmp_path: Path) -> None:
         for part in ("gate_up", "down")
         for factor in ("A", "B")
     }
+    for name, factor in trained(model).items():
+        inputs = factor.shape[-1]
+        if name.endswith("A"):  # as in a linear layer of an expert
+            assert factor.abs().max().item() == pytest.approx(inputs**-0.5, rel=0.05)
     perturbed(model)
     changed = logits(model).detach()
     assert (changed - plain).abs().max() > 0.1

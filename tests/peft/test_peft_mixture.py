@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from expert_models import TinyExpert, nowhere
 from peft_pair import logits, tiny, trained
 
@@ -12,6 +13,7 @@ from treadle.models.decoder import DecoderModel
 from treadle.nn.context import Packed
 from treadle.nn.layout import Layout
 from treadle.peft.adapter import disabled, merge
+from treadle.peft.experts import check_same_base
 from treadle.peft.ia3 import IA3
 from treadle.peft.lora import LoRA, LoRALinear
 from treadle.peft.low_rank import RankStabilised
@@ -25,7 +27,7 @@ from treadle.peft.mixture import (
     routed,
     switch,
 )
-from treadle.peft.request_router import fit_router
+from treadle.peft.request_router import RequestRouter, fit_router
 
 EXPERTS = (
     TinyExpert(transforms=(LoRA(rank=3),), seed=1),
@@ -92,6 +94,9 @@ def test_router_of_tokens_beside_a_loop(top: int | None) -> None:
         rows.append(y)
     expected, ours = torch.stack(rows), layer(x)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer(x.view(2, 3, 32)), ours.view(2, 3, -1))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(layer(x).float(), expected, rtol=0.05, atol=0.3)
     weight = torch.randn(expected.shape)
     mine = torch.autograd.grad((ours * weight).sum(), (layer.router.R, x))
     theirs = torch.autograd.grad((expected * weight).sum(), (R, x))
@@ -105,6 +110,7 @@ def test_it_starts_as_the_mean_and_nothing_else_can_train() -> None:
     model = mixed(TokenRouting())
     torch.testing.assert_close(logits(model), logits(expected), rtol=1e-4, atol=1e-4)
     assert not trained(expected)
+    assert not any(buffer.requires_grad for buffer in model.buffers())
     LoRA(rank=2, targets=("head",))(model)  # what comes later does not wake the experts
     assert {n.rpartition(".")[2] for n in trained(model)} == {"R", "A", "B"}
     assert not any(n.endswith((".A", ".B")) for n in trained(model) if "head" not in n)
@@ -118,6 +124,8 @@ def test_each_document_of_a_batch_has_its_own_adapter() -> None:
     before = logits(model)
     with routed(model, layout, gates):
         hidden = model(tokens, Packed.of(layout))
+        with pytest.raises(ConfigError, match="has no single weight"):
+            merge(model)
     assert torch.equal(logits(model), before)
     for part, document, expert in zip(
         hidden.split((3, 5, 4)), tokens.split((3, 5, 4)), (2, 0, 1), strict=True
@@ -136,11 +144,22 @@ def test_requests_find_their_expert() -> None:
     plain = tiny()
     means = [torch.stack([plain(torch.tensor(p)).mean(0) for p in o[:4]]).mean(0) for o in own]
     middle = torch.stack(means).mean(0)
-    away = plain(torch.tensor(own[1][5])).mean(0) - middle
-    cosines = [torch.cosine_similarity(away, m - middle, dim=0) for m in means]
-    assert int(torch.stack(cosines).argmax()) == 1
-    assert torch.equal(router.gates(model, own[2][4:]), torch.eye(3)[[2, 2]])
     torch.testing.assert_close(router.middle, middle.detach(), rtol=1e-4, atol=1e-4)
+    for place, mean in enumerate(means):
+        away = (mean - middle).detach()
+        torch.testing.assert_close(
+            router.centroids[place], away / away.square().sum().sqrt(), rtol=1e-3, atol=1e-3
+        )
+    gates = router.gates(model, own[2][4:])
+    assert torch.equal(gates, torch.eye(3)[[2, 2]])
+    assert gates.dtype == torch.float32
+
+    other = RequestRouter(torch.randn(32), F.normalize(torch.randn(5, 32)))
+    texts = torch.randint(0, 32, (40, 3)).tolist()
+    away = torch.stack([plain(torch.tensor(text)).mean(0) for text in texts]) - other.middle
+    cosines = torch.cosine_similarity(away[:, None], other.centroids, dim=-1)
+    assert other(model, texts).tolist() == cosines.argmax(1).tolist()
+    assert len(set(cosines.argmax(1).tolist())) > 1
 
 
 def test_mistakes_are_named() -> None:
@@ -167,6 +186,14 @@ def test_mistakes_are_named() -> None:
         merge(mixed(TokenRouting()))
     with pytest.raises(ConfigError, match="expert 1 has no prompts"):
         fit_router(tiny(), [[[1, 2]], []])
+
+
+def test_a_base_that_was_only_rounded_is_the_same() -> None:
+    first, other = tiny(), tiny()
+    with torch.no_grad():
+        for model in (first, other):
+            model.embedding.weight.mul_(100)
+    check_same_base(first, other.bfloat16(), "MixtureOfAdapters", 2)
 
 
 def test_a_switch_is_one_write() -> None:

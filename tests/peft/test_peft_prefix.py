@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from deaf import Deaf
 from peft_pair import TOKENS, logits, tiny, trained, transformers_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from treadle.models.gpt2 import gpt2
 from treadle.models.transform import Transform
 from treadle.nn.context import Context, Packed
 from treadle.nn.layout import Layout
+from treadle.peft.files import save_adapter
 from treadle.peft.lora import LoRA
 from treadle.peft.prefix import PrefixTuning, prefix_of
 from treadle.peft.prefix_files import load_prefix, save_prefix
@@ -60,8 +62,9 @@ def test_prefix_matches_peft(tmp_path: Path) -> None:
     (table,) = trained(model).values()
     compare(model, theirs, [(table, theirs.prompt_encoder.default.embedding.weight)])
     theirs.save_pretrained(tmp_path / "theirs")
-    again = load_prefix(tiny(), tmp_path / "theirs")
-    torch.testing.assert_close(logits(again), logits(model))
+    for folder in ("theirs", "ours"):
+        again = load_prefix(tiny(), tmp_path / folder)
+        torch.testing.assert_close(logits(again), logits(model))
 
 
 def test_prompts_match_peft(tmp_path: Path) -> None:
@@ -71,8 +74,9 @@ def test_prompts_match_peft(tmp_path: Path) -> None:
     (table,) = trained(model).values()
     compare(model, theirs, [(table, theirs.prompt_encoder.default.embedding.weight)])
     theirs.save_pretrained(tmp_path / "theirs")
-    again = load_prefix(tiny(), tmp_path / "theirs")
-    torch.testing.assert_close(logits(again), logits(model))
+    for folder in ("theirs", "ours"):
+        again = load_prefix(tiny(), tmp_path / folder)
+        torch.testing.assert_close(logits(again), logits(model))
 
 
 @pytest.mark.parametrize(
@@ -203,6 +207,19 @@ def test_with_lora_recomputation_and_copies(kind: Transform) -> None:
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_it_trains_in_fp32_beside_a_rounded_base(kind: Transform) -> None:
+    (table,) = trained(kind(tiny().bfloat16())).values()
+    assert table.dtype == torch.float32
+
+
+def test_prompts_start_as_scaled_embeddings() -> None:
+    model = PromptTuning(tokens=5)(tiny().config.replace(embedding_scale=3.0).build())
+    (table,) = trained(model).values()
+    distances = torch.cdist(table.detach(), 3.0 * model.embedding.weight.detach())
+    assert distances.amin(1).max() < 1e-2
+
+
 def test_learned_positions_go_on_behind_the_prompt() -> None:
     """GPT-2: virtual tokens that are real embeddings equal those tokens in the text."""
     torch.manual_seed(0)
@@ -221,8 +238,19 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         PromptTuning()(PrefixTuning()(tiny()))
     with pytest.raises(ConfigError, match="Linear is no decoder"):
         PromptTuning()(nn.Linear(2, 2))
+    blocks = tiny().config.blocks
+    wider = blocks[0].replace(mixer=blocks[0].mixer.replace(kv_heads=4))
+    uneven = tiny().config.replace(blocks=(wider, blocks[1]))
+    with pytest.raises(ConfigError, match="attention layers differ in their key-value heads"):
+        PrefixTuning(tokens=2)(uneven.build())
+    blind = tiny().config.replace(blocks=tuple(b.replace(mixer=Deaf()) for b in blocks))
+    with pytest.raises(ConfigError, match="PromptTuning: the model has no attention layer"):
+        PromptTuning(tokens=2)(blind.build())
     with pytest.raises(ConfigError, match="no learned prefix to save"):
         save_prefix(tiny(), tmp_path)
+    save_adapter(LoRA(rank=2)(tiny()), tmp_path / "lora")
+    with pytest.raises(ConfigError, match="LORA is no learned prefix"):
+        load_prefix(tiny(), tmp_path / "lora")
     save_prefix(PromptTuning(tokens=3)(tiny()), tmp_path / "p")
     with pytest.raises(TreadleError, match="trained on another base"):
         load_prefix(tiny(seed=1), tmp_path / "p")

@@ -94,6 +94,22 @@ def test_a_small_change_of_a_rounded_weight_is_rounded_once() -> None:
     )
 
 
+def test_masks_from_elsewhere_are_the_places() -> None:
+    model = perturbed(SPARSE(tiny()))
+    found = {name: layer for name, layer in adapted(model).items() if "blocks.1" in name}
+    for layer in found.values():
+        assert isinstance(layer, SparseLinear)
+    masks = {name: layer.places for name, layer in found.items()}
+    empty = torch.tensor([], dtype=torch.long)
+    masked = with_masks(tiny(), {"blocks.0.mixer.q": empty, **masks}, "FisherMasked")
+    assert set(trained(masked)) == {f"{name}.d" for name in found}
+    with torch.no_grad():
+        for name, parameter in trained(masked).items():
+            parameter.copy_(model.get_parameter(name))
+    for name, layer in adapted(masked).items():
+        assert torch.equal(layer.adapted_weight(), found[name].adapted_weight())
+
+
 def test_mistakes_are_named(tmp_path: object) -> None:
     with pytest.raises(ConfigError, match=r"density=0.0001 of the \d+ numbers .* is an empty mask"):
         SPARSE.replace(density=1e-4)(tiny())

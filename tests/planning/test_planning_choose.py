@@ -5,10 +5,14 @@ from __future__ import annotations
 import pytest
 
 from treadle.core.errors import TreadleError
+from treadle.core.progress import Progress
+from treadle.models.gpt2 import gpt2
+from treadle.planning import estimate as estimates
 from treadle.planning.choose import MUCH, case_of, gib, recommend
 from treadle.planning.estimate import Data, Machine, Row, estimate
 from treadle.planning.methods import methods, student_of
-from treadle.planning.rehearse import Needs
+from treadle.planning.rehearse import Job, Needs
+from treadle.train.precision import BF16, FP32
 
 GB = 10**9
 SIZES = {
@@ -33,25 +37,19 @@ def machine(memory: float, disk: float = 1000) -> Machine:
     )
 
 
+def needs(**changes: int) -> Needs:
+    parts = ("weights", "gradients", "optimizer", "activations", "temporaries", "loading", "heap")
+    return Needs(
+        **{"parameters": 1000, "trained": 10, "flops": 1, **dict.fromkeys(parts, 0), **changes}
+    )
+
+
 def rows(given: Machine) -> list[Row]:
     found = []
     for method in methods():
         size = SIZES[method.name] * GB
-        needs = Needs(
-            parameters=1000,
-            trained=10,
-            weights=0,
-            gradients=0,
-            optimizer=0,
-            activations=0,
-            temporaries=0,
-            loading=0,
-            flops=1,
-            heap=0,
-            base=size,
-        )
         fits = size <= given.memory_bytes and given.disk_bytes >= GB
-        found.append(Row(method, needs, 1.0, 1, GB, fits))
+        found.append(Row(method, needs(base=size), 1.0, 1, GB, fits))
     return found
 
 
@@ -105,9 +103,51 @@ def test_steps_and_micro_batches() -> None:
     assert case_of("task", data) == "task"
 
 
-def test_student_keeps_first_and_last_of_a_third() -> None:
-    from treadle.models.gpt2 import gpt2
+def test_needs_of_a_run() -> None:
+    """What lives at the highest moment; with libraries, holes and a twentieth for the kernels."""
+    parts = {"weights": 1000, "gradients": 200, "optimizer": 30, "activations": 4, "temporaries": 6}
+    found = needs(**parts, loading=900, heap=1500, base=70_000)
+    assert (found.alive, found.resident, found.frugal) == (1240, 71_562, 71_302)
+    assert needs(**parts, loading=2000).alive == 2000
 
+
+@pytest.mark.parametrize(("at_once", "rehearsed"), [(800, 2), (3200, 1)])
+def test_rows_follow_from_what_was_rehearsed(
+    monkeypatch: pytest.MonkeyPatch, at_once: int, rehearsed: int
+) -> None:
+    """50 steps of 16 records; of 4 micro-batches two are rehearsed, of one it alone."""
+    asked: list[Job] = []
+
+    def rehearsal(jobs: list[Job], progress: Progress) -> list[Needs]:
+        asked.extend(jobs)
+        return [needs(trained=10, flops=rehearsed * 10**6, optimizer=80, heap=i) for i in (5, 6)]
+
+    monkeypatch.setattr(estimates, "rehearse_all", rehearsal)
+    by_name = {method.name: method for method in methods()}
+    wanted = [by_name["lora"], by_name["distillation"]]
+    data = Data(records=400, tokens=200, per_step=16, at_once=at_once, epochs=2.0)
+    given = Machine(memory_bytes=9, disk_bytes=280, fp32_gflops=2.0, bf16_gflops=2.4)
+    lora, distilled = estimate(gpt2(), data, given, wanted)
+    seconds = 50 * data.micro_batches * 10**6 / 2.4e9
+    assert (lora.seconds, lora.result_bytes, lora.disk_bytes) == (pytest.approx(seconds), 40, 280)
+    assert [lora.method, distilled.method] == wanted
+    assert [lora.fits, distilled.fits] == [True, False]  # 5 + 4 and 6 + 4 of memory
+    less = given.replace(disk_bytes=279)
+    assert not estimate(gpt2(), data, less, wanted)[0].fits
+    tuned, taught = asked[:2]
+    assert len(tuned.batches) == rehearsed
+    assert (tuned.decoder, tuned.teacher) == (gpt2(), None)
+    assert (taught.decoder, taught.teacher) == (student_of(gpt2()), gpt2())
+
+
+def test_precision_is_the_faster_one_by_a_fifth() -> None:
+    given = Machine(memory_bytes=1, disk_bytes=1, fp32_gflops=10.0, bf16_gflops=12.0)
+    assert (given.precision, given.flops) == (BF16(), 12e9)
+    given = given.replace(bf16_gflops=11.9)
+    assert (given.precision, given.flops) == (FP32(), 10e9)
+
+
+def test_student_keeps_first_and_last_of_a_third() -> None:
     teacher = gpt2()
     student = student_of(teacher)
     assert len(student.blocks) == 4
@@ -116,8 +156,6 @@ def test_student_keeps_first_and_last_of_a_third() -> None:
 
 
 def test_records_longer_than_the_context_are_refused() -> None:
-    from treadle.models.gpt2 import gpt2
-
     with pytest.raises(TreadleError, match="records of 2000 tokens do not fit"):
         estimate(gpt2(), Data(records=1, tokens=2000), machine(1), methods())
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_generation import tiny_model
+from torch.utils.flop_counter import FlopCounterMode
 
 from treadle.core.errors import TreadleError
 from treadle.data.batch import Piece, assemble
 from treadle.models.transform import Transform
+from treadle.objectives.causal import CausalLM
 from treadle.objectives.distil import Distil
 from treadle.objectives.soft_labels import SoftLabels
+from treadle.optim.adamw import AdamW
 from treadle.peft.lora import LoRA
 from treadle.planning.ledger import rehearsing
 from treadle.planning.rehearse import Job, Needs, rehearse
@@ -87,16 +90,35 @@ def needs(**changes) -> Needs:
 
 
 def test_parts_of_full_training() -> None:
-    found = needs()
+    full = job()
+    found = rehearse(full)
     size = sum(p.numel() for p in tiny_model(None, None, None).parameters())
     assert found.parameters == found.trained == size
     assert found.weights == found.gradients == 4 * size
     slack = 64 * 64  # AdamW's step counters
     assert 8 * size <= found.optimizer <= 8 * size + slack
-    assert found.activations > 0
-    assert found.alive == found.weights + found.gradients + found.optimizer + (
-        found.activations + found.temporaries
-    )
+    with rehearsing() as ledger:  # the same two steps, written out
+        model = full.decoder.build().train()
+        optimizer = AdamW(lr=1e-4).build(list(model.named_parameters()))
+        kept = []
+        for _ in range(2):
+            ledger.mark()
+            before = ledger.alive
+            loss = CausalLM()(model, full.batches[0]).total
+            kept.append(ledger.alive - before)
+            loss.backward()
+            del loss
+            optimizer.step()
+            optimizer.zero_grad()
+    assert found.activations == max(kept)
+    assert found.alive == ledger.peak > found.loading
+
+
+def test_work_is_that_of_a_real_step() -> None:
+    model, counter = tiny_model(None, None, None), FlopCounterMode(display=False)
+    with counter:
+        CausalLM()(model, batch()).total.backward()
+    assert needs().flops == counter.get_total_flops()
 
 
 def test_adapters_need_less_and_train_what_they_have() -> None:

@@ -17,7 +17,7 @@ from treadle.core.errors import TreadleError
 from treadle.inference.engine import Engine, EngineConfig
 from treadle.inference.native_runner import NativeRunner
 from treadle.inference.runner import Runner
-from treadle.kernels.native.build import find_compiler
+from treadle.kernels.compiler import find_compiler
 from treadle.models.llama import tiny_llama
 from treadle.serving.config import Serve
 from treadle.serving.pool import Base

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from chat_env import Numbered, chat_env
+from chat_env import ChatModel, Numbered, chat_env
 from torch import Tensor, nn
 from torch.func import functional_call
 from train.tiny import VOCAB, documents, tiny_model
 
 from treadle.core.errors import ConfigError, TreadleError
-from treadle.core.pipeline import Pipeline, Workspace
+from treadle.core.execute import execute
+from treadle.core.pipeline import Pipeline, Workspace, read_manifest
 from treadle.data.batch import Piece, assemble
 from treadle.data.supervised import Supervised
 from treadle.models.source import Pretrained
@@ -34,7 +35,9 @@ from treadle.train.meta import (
     adapt,
 )
 from treadle.train.meta_train import LossOf, MetaTrain
+from treadle.train.precision import FP32
 from treadle.train.rng import seed_everything
+from treadle.train.run import WEIGHTS, Trained
 
 LR = 0.05
 
@@ -263,6 +266,41 @@ def test_inner_steps_that_diverge_are_named(tmp_path: Path) -> None:
     env = chat_env(tmp_path)  # all weights are open, the table of embeddings too
     with pytest.raises(TreadleError, match=r"a blind guess has \d.*they diverge; lower inner_lr"):
         step.train(env, here(tmp_path))
+
+
+def test_what_a_step_found_is_opened_again(tmp_path: Path) -> None:
+    """The same weights as where the step's parts are put together by hand."""
+    model = ChatModel(folder=str(tmp_path / "model"))
+    step = MetaTrain(
+        model=model,
+        transforms=(LoRA(rank=2),),
+        tasks=tuple(Supervised(conversations=Numbered(word=w)) for w in ("warp", "weft")),
+        optimizer=AdamW(lr=1e-2),
+        shots=2,
+        inner_steps=1,
+        inner_lr=0.5,
+        steps=2,
+        precision=FP32(),
+    )
+    root = tmp_path / "run"
+    execute(Pipeline(name="p", steps=(step,)), root)
+    work = Workspace(root, root / "later", Pipeline(name="p", steps=()))
+    found = Trained(step="meta").open(work)
+    env = replace(chat_env(tmp_path), model=LoRA(rank=2)(model.open(work).model))
+    (hand := tmp_path / "hand").mkdir()
+    step.train(env, here(hand))
+    losses = [json.loads(line)["loss"] for line in (hand / "metrics.jsonl").open()]
+    names = [name for name, p in env.model.named_parameters() if p.requires_grad]
+    assert len(names) == 2 * 7 * 2
+    for name in names:
+        torch.testing.assert_close(found.model.get_parameter(name), env.model.get_parameter(name))
+    assert found.bytes_on_disk == (root / "meta" / WEIGHTS).stat().st_size
+    lines = (root / "meta" / "metrics.jsonl").read_text().splitlines()
+    found_losses = [(line["step"], line["loss"]) for line in map(json.loads, lines)]
+    assert found_losses == [(i, pytest.approx(loss)) for i, loss in enumerate(losses, 1)]
+    metrics = read_manifest(root / "meta")["metrics"]
+    assert metrics["parameters_trained"] == sum(env.model.get_parameter(n).numel() for n in names)
+    assert metrics["loss"] == pytest.approx(losses[-1])
 
 
 def test_the_step_trains_what_the_transforms_opened(tmp_path: Path) -> None:

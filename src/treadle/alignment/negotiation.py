@@ -29,7 +29,7 @@ CARD = Card(
     paper="Lewis et al. 2017, arXiv:1706.05125; Liu et al. 2025, SPIRAL, arXiv:2506.24119",
     summary="Self-play between two seats of one policy on a negotiation, advantages by seat.",
     recipe="treadle run negotiate",
-    oracle="tests/alignment/test_alignment_negotiation.py::test_payoffs_are_those_of_the_rules",
+    oracle="tests/alignment/test_alignment_negotiation.py::test_each_seat_climbs_its_own_expected_payoff",
 )
 THINGS = ("hats", "books", "balls")
 HELD_OUT = 2**20

@@ -25,6 +25,8 @@ SHOWN = 3
 def answer_tree(env: Env, prompt: Messages, answers: Sequence[Messages], longest: int) -> Tree:
     """The prompt, and each answer as its child; every token of an answer is learned.
 
+    What a template writes after the end of a turn belongs to no answer: no model ever writes it.
+
     Raises:
         TreadleError: an answer says nothing, or the prompt leaves no room for it.
     """
@@ -41,7 +43,9 @@ def answer_tree(env: Env, prompt: Messages, answers: Sequence[Messages], longest
         if not any(m.content.strip() or m.extra for m in answer):
             raise TreadleError("an answer is empty")
         chat = [*messages, *(m.plain() for m in answer)]
-        ids = encode_chat(env.tokenizer, chat, turns=LastTurn()).ids[len(root) : longest]
+        tokens = encode_chat(env.tokenizer, chat, turns=LastTurn())
+        end = len(tokens.mask) - tokens.mask[::-1].index(True)
+        ids = tokens.ids[len(root) : min(end, longest)]
         children.append(Piece(ids, [True] * len(ids), parent=0))
     return [Piece(root, [False] * len(root)), *children]
 

@@ -121,8 +121,6 @@ def logprobs(model: DecoderModel, batch: PolicyBatch) -> Float[Tensor, "M V"]:
     """Log-probabilities of all tokens at each prediction: M x V floats, so batches stay small."""
     hidden = model(batch.tokens, batch.context())
     logits = model.logits(hidden[batch.sources])
-    if logits.dtype != torch.float64:
-        logits = logits.float()
     return (logits / batch.temperature).log_softmax(-1)
 
 

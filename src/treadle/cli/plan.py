@@ -47,7 +47,7 @@ def plan(
     """
     from treadle.core.errors import TreadleError, did_you_mean
     from treadle.core.progress import standard
-    from treadle.planning.choose import GOALS, gib, recommend
+    from treadle.planning.choose import GOALS, recommend
     from treadle.planning.estimate import Data, estimate
     from treadle.planning.methods import methods
 
@@ -72,11 +72,6 @@ def plan(
     typer.echo(f"for {GOALS[known[goal]]}: {chosen.row.method.name}")
     for reason in chosen.reasons:
         typer.echo(f"  - {reason}")
-    needs = chosen.row.needs
-    typer.echo(
-        f"memory is that of `treadle run`; with `processes={{kind: FrugalProcesses}}` "
-        f"{gib(needs.frugal)} instead of {gib(needs.resident)}, and a slower step"
-    )
 
 
 def decoder_of(target: str) -> Decoder:

@@ -1,10 +1,7 @@
 """In which process the steps of a pipeline work.
 
-    OneProcess       all in this one: quickest, and what one step leaves in memory the next ones pay
-    ProcessPerStep   each in a fresh one, so that its peak memory is its own
-    FrugalProcesses  the same, and what is freed goes back to the system at once: page by page a
-                     process holds 1.05 times what lives in it. The system clears each page that it
-                     gives again: a LoRA step in bf16 took 10.9 s of processor time instead of 6.8
+    OneProcess      all in this one: quickest, and what one step leaves in memory the next ones pay
+    ProcessPerStep  each in a fresh one, so that its peak memory is its own
 
 A step's process is told by text what to do and answers by a pipe: how far it is, its figures, or
 what went wrong.
@@ -30,9 +27,6 @@ from treadle.core.progress import Progress, Task
 
 if TYPE_CHECKING:
     from treadle.core.pipeline import Step, Workspace
-
-OWN_PAGES = 128 * 1024
-"""Bytes from which a block has pages of its own where memory is to go back at once."""
 
 
 @dataclass(frozen=True)
@@ -67,32 +61,17 @@ class ProcessPerStep(Processes):
     """Each step in a process of its own, which begins with nothing in memory."""
 
     def carry_out(self, step: Step, workspace: Workspace) -> Outcome:
-        return _apart(step, workspace, {})
+        return _apart(step, workspace)
 
 
-class FrugalProcesses(Processes):
-    """Each step in a process of its own that keeps no memory which it has freed (Linux)."""
-
-    def carry_out(self, step: Step, workspace: Workspace) -> Outcome:
-        return _apart(step, workspace, {"MALLOC_MMAP_THRESHOLD_": str(OWN_PAGES)})
-
-
-def _apart(step: Step, workspace: Workspace, environment: Mapping[str, str]) -> Outcome:
+def _apart(step: Step, workspace: Workspace) -> Outcome:
     here, there = multiprocessing.Pipe(duplex=False)
     pipeline = to_yaml(workspace.pipeline)
     folders = (str(workspace.root), str(workspace.folder))
     process = multiprocessing.get_context("spawn").Process(
         target=_work, args=(there, pipeline, step.name, *folders)
     )
-    before = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)  # the process begins with it; its allocator reads it then
-    try:
-        process.start()
-    finally:
-        for name, value in before.items():
-            del os.environ[name]
-            if value is not None:
-                os.environ[name] = value
+    process.start()
     there.close()
     try:
         return _listen(here, step.name, workspace.progress)

@@ -20,7 +20,7 @@ from treadle.inference.limits import EngineConfig
 from treadle.inference.native_runner import NativeRunner
 from treadle.inference.native_shape import native_plan
 from treadle.inference.native_weights import NativeWeights, StoredFile
-from treadle.kernels.native.build import find_compiler
+from treadle.kernels.compiler import find_compiler
 from treadle.kernels.native.levels import find_level
 from treadle.tokenizers.tokenizer import Tokenizer
 

@@ -53,7 +53,7 @@ class Slerp(MergeMethod):
     def __call__(self, parts: Parts) -> Float[Tensor, "..."]:
         u, v = parts.tensors
         lengths = (u.double().norm() * v.double().norm()).clamp(min=1e-30)
-        cosine = ((u.double() * v.double()).sum() / lengths).clamp(-1, 1)
+        cosine = (u.double() * v.double()).sum() / lengths
         if abs(float(cosine)) > PARALLEL:
             return u.lerp(v, self.t)
         phi = cosine.arccos()

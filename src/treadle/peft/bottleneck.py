@@ -4,7 +4,7 @@
     parallel    y = f(x) + s U g(D x)           He et al. 2022: beside the feed-forward
 
 D [r, dim] random, U [dim, r] = 0: y = f(x) at the start. Pfeiffer et al. 2021 put them after the
-feed-forward alone: `targets=("ffn",)`. D and U can be made of Kronecker products (`phm.py`).
+feed-forward alone: `targets=("ffn",)`. D and U can be made of Kronecker products (`compacter.py`).
 """
 
 from __future__ import annotations

@@ -46,7 +46,6 @@ def open_experts(
                 layer.base = first.model.get_submodule(name)
         experts.append(layers)
     assert first is not None
-    first.model.requires_grad_(False)
     return replace(first, bytes_on_disk=None), experts
 
 

@@ -36,8 +36,8 @@ class RequestRouter:
         self, model: DecoderModel, prompts: Sequence[Sequence[int]]
     ) -> Int[Tensor, " requests"]:
         """The expert of each prompt."""
-        similar = F.normalize(summaries(model, prompts) - self.middle, dim=-1) @ self.centroids.T
-        return similar.argmax(-1)
+        away = summaries(model, prompts) - self.middle  # its length counts for all experts alike
+        return (away @ self.centroids.T).argmax(-1)
 
     def gates(
         self, model: DecoderModel, prompts: Sequence[Sequence[int]]

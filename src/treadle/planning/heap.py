@@ -1,21 +1,18 @@
-"""What an allocator keeps of the memory that a run asks for and gives back.
+"""What the heap of tensors holds of the memory that a run asks for and gives back.
 
-glibc fills the holes that released blocks leave with what fits, and gives the system back only the
-end of its heap and blocks with pages of their own. What it keeps beyond what lives depends on the
-order of all requests, and no formula has it: so the very requests of a rehearsal are put to glibc
-itself, and the memory is never touched.
+The rules are those of `kernels/heap/places.h`: the smallest free range that is large enough, the
+lowest among equals; free neighbours are joined. So where each block of a rehearsal would lie is
+known, and with it the end of the highest.
 """
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing
 from array import array
-from concurrent.futures import ProcessPoolExecutor
+from bisect import bisect_left, insort
 
-ALIGNMENT = 64
-"""Bytes; torch's on CPUs."""
-TRIES = 3
+from treadle.kernels.heap import SMALL
+
+PAGE = 4096
 
 
 class Requests:
@@ -38,65 +35,70 @@ class Requests:
         self.entries.append(-number)
 
 
-class Info(ctypes.Structure):
-    """glibc's `struct mallinfo2`."""
+class Places:
+    """Where blocks begin, and the end of the highest so far."""
 
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in ("arena", "a", "b", "c", "hblkhd", "d", "e", "f", "g", "keepcost")
-    ]
+    def __init__(self) -> None:
+        self.end = 0
+        self.free: list[tuple[int, int]] = []
+        """Ranges: where each begins, and its size."""
+        self.by_size: list[tuple[int, int]] = []
+
+    def ask(self, size: int) -> int:
+        """The place of a block of so many bytes, a multiple of a page."""
+        fit = bisect_left(self.by_size, (size, 0))
+        if fit < len(self.by_size):
+            found, place = self.by_size[fit]
+            self._take(place, found)
+            if found > size:
+                self._put(place + size, found - size)
+            return place
+        place = self.end
+        if self.free and sum(self.free[-1]) == self.end:
+            place, found = self.free[-1]
+            self._take(place, found)
+        self.end = place + size
+        return place
+
+    def give_back(self, place: int, size: int) -> None:
+        after = bisect_left(self.free, (place, 0))
+        if after < len(self.free) and self.free[after][0] == place + size:
+            following, found = self.free[after]
+            self._take(following, found)
+            size += found
+        if after and sum(self.free[after - 1]) == place:
+            place, found = self.free[after - 1]
+            self._take(place, found)
+            size += found
+        self._put(place, size)
+
+    def _put(self, place: int, size: int) -> None:
+        insort(self.free, (place, size))
+        insort(self.by_size, (size, place))
+
+    def _take(self, place: int, size: int) -> None:
+        self.free.remove((place, size))
+        del self.by_size[bisect_left(self.by_size, (size, place))]
 
 
 def held(requests: Requests) -> int:
-    """Most bytes that this system's allocator holds while it serves the requests.
-
-    In processes of their own, whose heaps hold nothing else; the most of some tries, since where
-    a heap begins is drawn by the system, and decides now and then whether a hole is filled. Where
-    the system's library is not glibc 2.33 or newer, what lives is taken for what is held.
-    """
-    context, entries = multiprocessing.get_context("spawn"), requests.entries.tobytes()
-    with ProcessPoolExecutor(2, mp_context=context, max_tasks_per_child=1) as pool:
-        return max(pool.map(serve, [entries] * TRIES))
-
-
-def serve(entries: bytes) -> int:
-    """Put the requests to this process's heap, which grows by them."""
-    requests = array("q", entries)
-    library = ctypes.CDLL(None)
-    try:
-        library.mallinfo2.restype = Info
-    except AttributeError:
-        return alive(requests)
-    library.free.argtypes = [ctypes.c_void_p]
-    before, highest = _held(library), 0
-    block, given = ctypes.c_void_p(), [0]
-    for request in requests:
-        if request > 0:
-            if library.posix_memalign(ctypes.byref(block), ALIGNMENT, ctypes.c_size_t(request)):
-                raise MemoryError(f"no address space for {request} bytes")
-            given.append(block.value or 0)
-            highest = max(highest, _held(library) - before)
+    """Most bytes that the process holds for tensors: to the end of the highest block, and the small
+    ones that live at a time."""
+    places = Places()
+    given: list[tuple[int, int]] = [(0, 0)]
+    small = most = 0
+    for entry in requests.entries:
+        if entry >= SMALL:
+            size = -(-entry // PAGE) * PAGE
+            given.append((places.ask(size), size))
+        elif entry > 0:
+            given.append((-1, entry))
+            small += entry
+            most = max(most, small)
         else:
-            library.free(given[-request])
-            given[-request] = 0
-    for address in given:
-        library.free(address)
-    return highest
-
-
-def alive(requests: array[int]) -> int:
-    """Most bytes that live at a time."""
-    sizes, now, highest = [0], 0, 0
-    for request in requests:
-        if request > 0:
-            sizes.append(request)
-            now += request
-            highest = max(highest, now)
-        else:
-            now -= sizes[-request]
-    return highest
-
-
-def _held(library: ctypes.CDLL) -> int:
-    info = library.mallinfo2()
-    return int(info.arena + info.hblkhd)
+            place, size = given[-entry]
+            if place < 0:
+                small -= size
+            else:
+                places.give_back(place, size)
+    return places.end + most

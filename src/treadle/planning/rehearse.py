@@ -101,7 +101,7 @@ class Needs:
     flops: int
     """Of one step."""
     heap: int
-    """What the allocator holds at its highest: what lives, and the holes between."""
+    """What the heap of tensors holds at its highest: what lives, and the holes between."""
     base: int = 0
     """Resident memory of a run without a model to speak of: libraries, tokenizer, hooks."""
 
@@ -115,11 +115,6 @@ class Needs:
     def resident(self) -> int:
         """Highest resident memory of a run on a CPU."""
         return self.base + self.heap + round(SCRATCH * self.alive)
-
-    @property
-    def frugal(self) -> int:
-        """The same in `FrugalProcesses`, where what is given back leaves the process at once."""
-        return self.base + round((1 + SCRATCH) * self.alive)
 
 
 def rehearse_all(jobs: Sequence[Job], progress: Progress = Silent()) -> list[Needs]:

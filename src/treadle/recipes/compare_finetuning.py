@@ -24,7 +24,7 @@ from treadle.train.run import Trained
 
 BASE = Pretrained(name="smollm2-135m-instruct")
 HELD_OUT = WorkedSolutions(problems=ReasoningGym(families=QUICKSTART, split="heldout"), amount=64)
-STEPS = 24
+STEPS = 20
 
 
 def compare_finetuning() -> Pipeline:

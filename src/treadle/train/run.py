@@ -22,6 +22,7 @@ from treadle.core.errors import FileFormatError, TreadleError
 from treadle.core.files import atomic_file, write_json
 from treadle.core.pipeline import Reads, Step, Workspace, find_step, read_manifest
 from treadle.data.source import Env, Source
+from treadle.kernels.heap import keep_tensors_apart, release_tensors
 from treadle.models.decoder import DecoderModel
 from treadle.models.source import ModelSource, Opened, outlined, weight_bytes
 from treadle.models.transform import Transform, transformed
@@ -72,6 +73,8 @@ class Run(Training):
 
     def execute(self, workspace: Workspace) -> Mapping[str, Any]:
         folder = workspace.folder
+        if shared := keep_tensors_apart():
+            workspace.progress.say(f"memory: {shared}")
         seed_everything(self.seed)  # fresh weights and adapters: the same on every rank
         opened = self.model.open(workspace)
         model = transformed(opened.model, self.transforms)
@@ -102,6 +105,7 @@ class Run(Training):
             ]
         stream = self.source.open(env)
         precision.prepare(model.to(world.device))  # so that the prints are in the final dtypes
+        release_tensors()  # what loading took
         before = prints_of(model)
         result = fit(
             model,

@@ -1,28 +1,17 @@
-"""The C++ beside this file as a shared library: compiled on first use, kept in the user's cache.
-
-The name of the compiled file holds a hash of all that it depends on: sources, compiler and flags,
-which name the instructions that it may use. So a cache that several machines share, or a new
-version of treadle, does no harm.
-"""
+"""The C++ beside this file as a shared library, one for each level of a processor."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import shutil
-import subprocess
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_size_t, c_void_p
 from functools import cache
 from pathlib import Path
 
-from treadle.core.errors import TreadleError
-from treadle.core.files import atomic_file
+from treadle.kernels.compiler import compile_library
 from treadle.kernels.native.levels import Level
 
 SOURCES = Path(__file__).parent
-FLAGS = ("-std=c++20", "-O3", "-shared", "-fPIC", "-pthread", "-w")
-COMPILERS = ("g++", "clang++", "c++")
+FLAGS = ("-O3", "-pthread")
 
 
 class Shape(ctypes.Structure):
@@ -96,55 +85,4 @@ def library(level: Level) -> ctypes.CDLL:
 
 def compiled(level: Level) -> Path:
     """The library's file in the cache, compiled now if it is not there."""
-    compiler = find_compiler()
-    command = [compiler, *FLAGS, *level.flags]
-    root = Path(os.environ.get("TREADLE_CACHE") or "~/.cache/treadle").expanduser()
-    target = root / "native" / f"{level.name}-{_fingerprint(command)}.so"
-    if target.is_file():
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TreadleError(
-            f"{target.parent}: cannot be written ({error.strerror}); "
-            "set TREADLE_CACHE to a folder of yours"
-        ) from None
-    with atomic_file(target) as temporary:
-        done = subprocess.run(
-            [*command, str(SOURCES / "library.cpp"), "-o", str(temporary)],
-            check=False,
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise TreadleError(
-                f"{compiler} could not compile treadle's native kernels; take GCC 12 or Clang 16 "
-                f"or newer (set CXX to it), or the torch path. It said:\n{done.stderr[-2000:]}"
-            )
-    return target
-
-
-def find_compiler() -> str:
-    """The C++ compiler's path.
-
-    Raises:
-        TreadleError: there is none.
-    """
-    chosen = os.environ.get("CXX")
-    for name in (chosen,) if chosen else COMPILERS:
-        if found := shutil.which(name):
-            return found
-    raise TreadleError(
-        f"no C++ compiler ({chosen or ', '.join(COMPILERS)}), which the native path needs once; "
-        "install one (`apt install g++`), set CXX to yours, or take the torch path"
-    )
-
-
-def _fingerprint(command: list[str]) -> str:
-    version = subprocess.run([command[0], "--version"], check=False, capture_output=True).stdout
-    digest = hashlib.sha256(version)
-    for part in command:
-        digest.update(part.encode() + b"\0")
-    for source in sorted(p for p in SOURCES.iterdir() if p.suffix in (".h", ".cpp")):
-        digest.update(source.read_bytes())
-    return digest.hexdigest()[:32]
+    return compile_library(SOURCES / "library.cpp", (*FLAGS, *level.flags), name=level.name)
