@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from alignment.learn import Seen, learn
 from tiny_generation import byte_tokenizer, tiny_model
 
 from treadle.alignment.fairness import Counterfactuals, FairRollouts, demographics, penalties
@@ -16,13 +17,6 @@ from treadle.data.problems import Problems
 from treadle.data.records import Problem, user
 from treadle.data.source import Env
 from treadle.inference.sampling import Sampling
-from treadle.objectives.policy import GRPO
-from treadle.optim.adamw import AdamW
-from treadle.optim.schedules import Constant
-from treadle.train.fit import Fit, fit
-from treadle.train.hooks import Hook, StepReport
-from treadle.train.parallel.plan import SingleProcess
-from treadle.train.precision import FP32
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:"
 
@@ -57,35 +51,11 @@ ROLLOUTS = Rollouts(
 )
 
 
-class Gaps(Hook):
-    def __init__(self) -> None:
-        self.seen: list[dict[str, float]] = []
-
-    def on_step(self, report: StepReport) -> None:
-        self.seen.append(dict(report.metrics))
-
-    def late(self, name: str) -> float:
-        return sum(m[name] for m in self.seen[-10:]) / 10
-
-
-def train(penalty: float, folder: Path, seed: int) -> Gaps:
-    model, gaps, plan = tiny_model(seed=seed), Gaps(), SingleProcess()
+def train(penalty: float, folder: Path, seed: int) -> Seen:
     source = FairRollouts(rollouts=ROLLOUTS, score=Praise(), penalty=penalty)
     tokenizer = byte_tokenizer().with_template(TEMPLATE)
-    env = Env(model=model, tokenizer=tokenizer, scratch=folder, seed=100 * seed)
-    fit(
-        model,
-        source.open(env),
-        GRPO(),
-        optimizer=AdamW(lr=1e-2),
-        schedule=Constant(),
-        config=Fit(steps=32, precision=FP32(), checkpoint_every=1000),
-        plan=plan,
-        world=plan.setup("cpu"),
-        folder=folder / "checkpoints",
-        hooks=[gaps],
-    )
-    return gaps
+    env = Env(model=tiny_model(seed=seed), tokenizer=tokenizer, scratch=folder, seed=100 * seed)
+    return learn(env, source, steps=32)
 
 
 def test_the_gap_falls_on_counterfactual_pairs(tmp_path: Path) -> None:
@@ -95,8 +65,8 @@ def test_the_gap_falls_on_counterfactual_pairs(tmp_path: Path) -> None:
     for seed in range(3):
         free.append(train(0.0, tmp_path / f"free-{seed}", seed))
         fair.append(train(3.0, tmp_path / f"fair-{seed}", seed))
-    assert sum(g.late("parity_gap") for g in free) / 3 > 0.5
-    assert sum(g.late("parity_gap") for g in fair) / 3 < 0.15
+    assert sum(g.late("parity_gap", 10) for g in free) / 3 > 0.5
+    assert sum(g.late("parity_gap", 10) for g in fair) / 3 < 0.15
 
 
 def test_penalties_are_the_formula() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from alignment.learn import learn
 from tiny_generation import byte_tokenizer, tiny_model
 
 from treadle.alignment.ppo import PPORollouts
@@ -17,12 +18,6 @@ from treadle.data.source import Env
 from treadle.inference.sampling import Sampling
 from treadle.models.decoder import DecoderModel
 from treadle.objectives.ppo import PPO
-from treadle.optim.adamw import AdamW
-from treadle.optim.schedules import Constant
-from treadle.train.fit import Fit, fit
-from treadle.train.hooks import Hook, StepReport
-from treadle.train.parallel.plan import SingleProcess
-from treadle.train.precision import FP32
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:"
 
@@ -151,30 +146,11 @@ def test_the_mismatch_of_a_lot_is_told_with_its_first_step(tmp_path: Path) -> No
     assert "mismatch" not in output.metrics
 
 
-class Rewards(Hook):
-    def __init__(self) -> None:
-        self.seen: list[float] = []
-
-    def on_step(self, report: StepReport) -> None:
-        self.seen.append(report.metrics["reward"])
-
-
 def test_reward_rises(tmp_path: Path) -> None:
-    model, rewards, plan = ValueHead()(tiny_model()), Rewards(), SingleProcess()
-    fit(
-        model,
-        source(beta=0.001).open(env(model, tmp_path)),
-        PPO(),
-        optimizer=AdamW(lr=1e-2),
-        schedule=Constant(),
-        config=Fit(steps=60, precision=FP32()),
-        plan=plan,
-        world=plan.setup("cpu"),
-        folder=tmp_path / "checkpoints",
-        hooks=[rewards],
-    )
-    assert sum(rewards.seen[:4]) / 4 < 0.25
-    assert sum(rewards.seen[-8:]) / 8 > sum(rewards.seen[:4]) / 4 + 0.2
+    here = env(ValueHead()(tiny_model()), tmp_path)
+    seen = learn(here, source(beta=0.001), steps=60, objective=PPO())
+    assert seen.early("reward", 4) < 0.25
+    assert seen.late("reward", 8) > seen.early("reward", 4) + 0.2
 
 
 def test_a_stream_goes_on_where_it_was(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 
 import pytest
 import torch
+from alignment.learn import Seen, learn
 from tiny_generation import END, byte_tokenizer, tiny_model
 
 from treadle.alignment.advantages import (
@@ -34,7 +35,7 @@ from treadle.objectives.policy import GRPO
 from treadle.optim.adamw import AdamW
 from treadle.optim.schedules import Constant
 from treadle.train.fit import Fit, fit
-from treadle.train.hooks import Hook, StepReport, WarnAbove
+from treadle.train.hooks import WarnAbove
 from treadle.train.parallel.plan import SingleProcess
 from treadle.train.precision import FP32
 
@@ -309,7 +310,7 @@ def test_a_mismatch_above_the_limit_is_said(tmp_path: Path) -> None:
         source = Rollouts(
             problems=Letters(), prompts=2, sampling=Sampling(max_tokens=8), sampler=sampler
         )
-        seen = Rewards()
+        seen = Seen()
         fit(
             model,
             source.open(here),
@@ -322,7 +323,7 @@ def test_a_mismatch_above_the_limit_is_said(tmp_path: Path) -> None:
             folder=tmp_path / type(sampler).__name__,
             hooks=[seen, WarnAbove(log, "grpo")],
         )
-        assert len(seen.seen) == 2
+        assert len(seen.metrics) == 2
         assert len(log.lines) == lines
     assert log.lines[0].startswith("grpo: step 1: mismatch 0.25 is above 0.1: what samples")
     assert log.lines[1] == "grpo: mismatch was above its limit in 2 of 2 steps"
@@ -365,32 +366,11 @@ def test_prompts_that_fill_the_context_are_counted(tmp_path: Path) -> None:
         next(source.replace(problems=Long(every=1)).open(env(tiny_model(), tmp_path)))
 
 
-class Rewards(Hook):
-    def __init__(self) -> None:
-        self.seen: list[float] = []
-
-    def on_step(self, report: StepReport) -> None:
-        self.seen.append(report.metrics["reward"])
-
-
 def test_reward_rises(tmp_path: Path) -> None:
-    model, rewards = tiny_model(), Rewards()
     source = Rollouts(problems=Letters(), prompts=4, completions=8, sampling=Sampling(max_tokens=8))
-    plan = SingleProcess()
-    fit(
-        model,
-        source.open(env(model, tmp_path)),
-        GRPO(),
-        optimizer=AdamW(lr=1e-2),
-        schedule=Constant(),
-        config=Fit(steps=24, precision=FP32()),
-        plan=plan,
-        world=plan.setup("cpu"),
-        folder=tmp_path / "checkpoints",
-        hooks=[rewards],
-    )
-    assert sum(rewards.seen[:3]) / 3 < 0.2
-    assert sum(rewards.seen[-5:]) / 5 > 0.6
+    seen = learn(env(tiny_model(), tmp_path), source, steps=24)
+    assert seen.early("reward", 3) < 0.2
+    assert seen.late("reward", 5) > 0.6
 
 
 def test_stream_state_brings_the_same_problems_and_samples(tmp_path: Path) -> None:

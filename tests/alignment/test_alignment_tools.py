@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from alignment.learn import learn
 from tiny_generation import byte_tokenizer, tiny_model
 
 from treadle.alignment.episodes import Environment, Episode, Heard, Play, Seat, heard_tokens
@@ -37,11 +38,6 @@ from treadle.inference.sampling import Sampling
 from treadle.models.decoder import DecoderModel
 from treadle.models.source import ModelSource, Opened
 from treadle.objectives.policy import GRPO
-from treadle.optim.adamw import AdamW
-from treadle.optim.schedules import Constant
-from treadle.train.fit import Fit, fit
-from treadle.train.hooks import Hook, StepReport
-from treadle.train.parallel.plan import SingleProcess
 from treadle.train.precision import FP32
 
 TEMPLATE = (
@@ -444,31 +440,10 @@ def test_copies_of_a_play_draw_differently(tmp_path: Path) -> None:
     assert len({s[:1] for s in later}) > 1
 
 
-class RewardsSeen(Hook):
-    def __init__(self) -> None:
-        self.seen: list[float] = []
-
-    def on_step(self, report: StepReport) -> None:
-        self.seen.append(report.metrics["reward"])
-
-
 def test_reward_over_turns_rises(tmp_path: Path) -> None:
-    model, rewards, plan = tiny_model(context=256), RewardsSeen(), SingleProcess()
-    fit(
-        model,
-        chatting(prompts=4, completions=8, environment=Chatting(rounds=2), turns=2).open(
-            env(model, tmp_path)
-        ),
-        GRPO(),
-        optimizer=AdamW(lr=1e-2),
-        schedule=Constant(),
-        config=Fit(steps=24, precision=FP32()),
-        plan=plan,
-        world=plan.setup("cpu"),
-        folder=tmp_path / "checkpoints",
-        hooks=[rewards],
-    )
-    assert sum(rewards.seen[-5:]) / 5 > sum(rewards.seen[:3]) / 3 + 0.2
+    source = chatting(prompts=4, completions=8, environment=Chatting(rounds=2), turns=2)
+    seen = learn(env(tiny_model(context=256), tmp_path), source, steps=24)
+    assert seen.late("reward", 5) > seen.early("reward", 3) + 0.2
 
 
 CHAIN = ReasoningGym(families=(Family(name="chain_sum"),))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from alignment.learn import Seen, learn
 from tiny_generation import byte_tokenizer, tiny_model
 
 from treadle.alignment.rewards import (
@@ -23,13 +24,6 @@ from treadle.data.records import Problem, user
 from treadle.data.source import Env
 from treadle.inference.request import Completion
 from treadle.inference.sampling import Sampling
-from treadle.objectives.policy import GRPO
-from treadle.optim.adamw import AdamW
-from treadle.optim.schedules import Constant
-from treadle.train.fit import Fit, fit
-from treadle.train.hooks import Hook, StepReport
-from treadle.train.parallel.plan import SingleProcess
-from treadle.train.precision import FP32
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:"
 
@@ -94,23 +88,11 @@ class Emphasis(Problems):
         raise AssertionError("the rollouts' reward scores")
 
 
-class Log(Hook):
-    def __init__(self) -> None:
-        self.seen: list[dict[str, float]] = []
-
-    def on_step(self, report: StepReport) -> None:
-        self.seen.append(dict(report.metrics))
-
-    def late(self, name: str) -> float:
-        return sum(m[name] for m in self.seen[-5:]) / 5
-
-
-def trained(together: Combination, folder: Path) -> Log:
+def trained(together: Combination, folder: Path) -> Seen:
     parts = (
         Part(name="wanted", reward=Plainly()),
         Part(name="gamed", reward=Gameable(), weight=3.0),
     )
-    model, log, plan = tiny_model(), Log(), SingleProcess()
     source = Rollouts(
         problems=Emphasis(),
         prompts=4,
@@ -118,20 +100,9 @@ def trained(together: Combination, folder: Path) -> Log:
         sampling=Sampling(max_tokens=8),
         reward=Weighted(parts=parts, together=together),
     )
-    env = Env(model=model, tokenizer=byte_tokenizer().with_template(TEMPLATE), scratch=folder / "s")
-    fit(
-        model,
-        source.open(env),
-        GRPO(),
-        optimizer=AdamW(lr=1e-2),
-        schedule=Constant(),
-        config=Fit(steps=26, precision=FP32(), checkpoint_every=1000),
-        plan=plan,
-        world=plan.setup("cpu"),
-        folder=folder / "checkpoints",
-        hooks=[log],
-    )
-    return log
+    tokenizer = byte_tokenizer().with_template(TEMPLATE)
+    env = Env(model=tiny_model(), tokenizer=tokenizer, scratch=folder)
+    return learn(env, source, steps=26)
 
 
 def test_a_planted_gameable_reward_is_resisted(tmp_path: Path) -> None:
@@ -140,7 +111,7 @@ def test_a_planted_gameable_reward_is_resisted(tmp_path: Path) -> None:
     name, and repetition."""
     mean = trained(ArithmeticMean(), tmp_path / "mean")
     held = trained(GeometricMean(), tmp_path / "held")
-    assert mean.late("reward_gamed") > 0.9
-    assert mean.late("reward_wanted") < 0.03
-    assert held.late("reward_wanted") > 0.1
-    assert mean.late("repetition") > 2 * held.late("repetition")
+    assert mean.late("reward_gamed", 5) > 0.9
+    assert mean.late("reward_wanted", 5) < 0.03
+    assert held.late("reward_wanted", 5) > 0.1
+    assert mean.late("repetition", 5) > 2 * held.late("repetition", 5)

@@ -9,7 +9,8 @@ import pytest
 from treadle.core.config import from_yaml, to_yaml
 from treadle.core.errors import FileFormatError, TreadleError
 from treadle.data.conversations import ConversationFiles, HeldOutConversations
-from treadle.data.formats import AlpacaFormat, FlanFormat, convert
+from treadle.data.convert import convert
+from treadle.data.formats import AlpacaFormat, FlanFormat
 from treadle.data.records import Chat, Text, assistant, record_text, user
 from treadle.data.split import LeakFreeSplit, Part
 from treadle.data.spool import Spool, open_records

@@ -11,6 +11,7 @@ import pytest
 
 from treadle.core.config import from_yaml, to_yaml
 from treadle.core.errors import FileFormatError
+from treadle.data.convert import convert, detect
 from treadle.data.formats import (
     AlpacaFormat,
     FlanFormat,
@@ -24,8 +25,6 @@ from treadle.data.formats import (
     ShareGPTPreferenceFormat,
     TextFormat,
     TranscriptFormat,
-    convert,
-    detect,
 )
 from treadle.data.records import (
     Chat,

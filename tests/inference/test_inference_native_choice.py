@@ -21,7 +21,8 @@ from treadle.inference.sampling import Sampling
 from treadle.kernels.compiler import COMPILERS
 from treadle.models.decoder import Decoder, LinearHead, swap
 from treadle.models.gpt2 import gpt2
-from treadle.models.hub.gguf import GGUFFile, write_gguf
+from treadle.models.hub.gguf import GGUFFile
+from treadle.models.hub.gguf_write import write_gguf
 from treadle.models.hub.load import load_model
 from treadle.models.hub.save import save_gguf, save_hf
 from treadle.models.llama import tiny_llama

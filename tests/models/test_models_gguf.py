@@ -13,7 +13,8 @@ from oracles.ggml import ggml_quantise
 
 from treadle.core.errors import FileFormatError, TreadleError
 from treadle.kernels.blocks import FORMATS, dequantise, quantise
-from treadle.models.hub.gguf import GGUFFile, write_gguf
+from treadle.models.hub.gguf import GGUFFile
+from treadle.models.hub.gguf_write import write_gguf
 
 gguf = pytest.importorskip("gguf")
 

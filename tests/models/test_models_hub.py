@@ -17,7 +17,8 @@ from treadle.models.decoder import Decoder, DecoderModel, LinearHead, swap
 from treadle.models.families import family_for_hf
 from treadle.models.family import explicit
 from treadle.models.gpt2 import gpt2
-from treadle.models.hub.gguf import GGUFFile, write_gguf
+from treadle.models.hub.gguf import GGUFFile
+from treadle.models.hub.gguf_write import write_gguf
 from treadle.models.hub.load import load_model
 from treadle.models.hub.save import save_gguf, save_hf
 from treadle.models.llama import tiny_llama

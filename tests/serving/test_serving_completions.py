@@ -19,7 +19,7 @@ from treadle.inference.sampling import Sampling
 from treadle.nn.context import Packed
 from treadle.nn.layout import Layout
 from treadle.serving.logprobs import TextLogprobs, echoed
-from treadle.serving.worker import Piece
+from treadle.serving.ticket import Piece
 from treadle.tokenizers.tokenizer import Tokenizer
 
 PROMPT = "The löom"

@@ -14,7 +14,8 @@ from threading import Lock
 from typing import Any, final
 
 from treadle.core.errors import TreadleError
-from treadle.data.formats import Format, Row, read_as, settle
+from treadle.data.convert import read_as, settle
+from treadle.data.formats import Format, Row
 from treadle.data.read import read_rows
 from treadle.data.records import Record, record_text
 from treadle.data.split import LeakFreeSplit, Part

@@ -8,8 +8,9 @@ from functools import lru_cache
 from pydantic import Field
 
 from treadle.core.errors import TreadleError
+from treadle.data.convert import convert
 from treadle.data.documents import Documents
-from treadle.data.formats import TextFormat, convert
+from treadle.data.formats import TextFormat
 from treadle.data.read import read_rows
 from treadle.data.records import Text
 from treadle.data.split import LeakFreeSplit, Part

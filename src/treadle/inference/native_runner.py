@@ -15,26 +15,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from treadle.core.cards import Card
-from treadle.core.config import Config
 from treadle.core.errors import TreadleError
 from treadle.core.files import StrPath
 from treadle.core.machine import machine
 from treadle.inference.native_memory import Recycled
+from treadle.inference.native_operands import STRIP, matrix_sizes, vectors_of
 from treadle.inference.native_shape import native_plan
 from treadle.inference.native_weights import NativeWeights, RoundedModel, StoredFile
 from treadle.inference.runner import Batch, Runner
-from treadle.kernels.native.build import Pass, Shape, library
+from treadle.kernels.native.build import Pass, library
 from treadle.kernels.native.levels import find_level
 from treadle.kernels.native.matrix import FORMATS, Arena, packed_bytes
-from treadle.models.decoder import Decoder, DecoderModel, TiedHead
+from treadle.models.decoder import DecoderModel, TiedHead
 from treadle.models.hub.load import load_model
-from treadle.nn.mixers.attention import Attention
-from treadle.nn.norms import RMSNorm
 
 CARD = Card(
     id="inf.compile",
@@ -43,14 +40,6 @@ CARD = Card(
     recipe="treadle generate smollm2-135m-instruct 'The loom was' --device native",
     oracle="tests/inference/test_inference_native.py::test_logits_are_those_of_the_dense_model",
 )
-
-LINEARS = ("mixer.q", "mixer.k", "mixer.v", "mixer.o", "ffn.gate", "ffn.up", "ffn.down")
-NORMS = (
-    *("mixer_norms.before", "mixer_norms.after", "ffn_norms.before", "ffn_norms.after"),
-    *("mixer.q_norm", "mixer.k_norm"),
-)
-STRIP = 32
-"""Biases are padded to a multiple of it."""
 
 
 class NativeRunner(Runner):
@@ -91,17 +80,17 @@ class NativeRunner(Runner):
         self.level = find_level(level).name
         self._library = library(find_level(level))
         self._library.treadle_in_large_pages(self.cache.data_ptr(), self.cache.nbytes)
-        sizes = _matrix_sizes(decoder, shape)
+        sizes = matrix_sizes(decoder, shape)
         needed = (packed_bytes(*size, weights.format_of(name)) for name, size in sizes.items())
         arena = Arena(sum(needed), level)
         threads = threads or machine()["cores"]
         with ThreadPoolExecutor(threads) as pool:
             self.matrices = list(pool.map(lambda name: weights.matrix(name, arena), sizes))
-        """Embedding, then of each layer those of `LINEARS`, then the head where it is not tied."""
+        """Embedding, then of each layer the linear ones, then the head where it is not tied."""
         embedding, *others = self.matrices
         head = embedding if isinstance(decoder.head, TiedHead) else others.pop()
         handles = [m.handle for m in (embedding, head, *others)]
-        self._vectors, self._results = _vectors(weights), Recycled()
+        self._vectors, self._results = vectors_of(weights), Recycled()
         self._ropes = self._plan.ropes()
         self._handle: int | None = self._library.treadle_decoder(
             shape,
@@ -271,39 +260,3 @@ class NativeRunner(Runner):
 
     def load(self, page: int, content: Tensor) -> None:
         self.cache[page].copy_(content)
-
-
-def _matrix_sizes(decoder: Decoder, shape: Shape) -> dict[str, tuple[int, int]]:
-    """Rows and columns, in the order of `NativeRunner.matrices`."""
-    mixed, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    dim, hidden = shape.dim, shape.hidden
-    inner = ((mixed, dim), (kv, dim), (kv, dim), (dim, mixed), (hidden, dim), (hidden, dim))
-    sizes = {"embedding.weight": (shape.vocab, dim)}
-    for i in range(shape.layers):
-        each = zip(LINEARS, (*inner, (dim, hidden)), strict=True)
-        sizes |= {f"blocks.{i}.{name}.weight": size for name, size in each}
-    if not isinstance(decoder.head, TiedHead):
-        sizes["head.weight"] = (shape.vocab, dim)
-    return sizes
-
-
-def _vectors(weights: NativeWeights) -> list[Float[Tensor, " n"] | None]:
-    """The last norm's gains, then of each layer its biases and norms."""
-    found = [_gain(weights, "norm", weights.decoder.norm)]
-    for i, block in enumerate(weights.decoder.blocks):
-        assert isinstance(block.mixer, Attention)
-        for name in LINEARS:
-            bias = weights.vector(f"blocks.{i}.{name}.bias")
-            found.append(None if bias is None else F.pad(bias, (0, -len(bias) % STRIP)))
-        for name in NORMS:
-            norm = block.mixer.qk_norm if name.startswith("mixer.") else block.norm
-            found.append(_gain(weights, f"blocks.{i}.{name}", norm))
-    return found
-
-
-def _gain(weights: NativeWeights, name: str, norm: Config | None) -> Float[Tensor, " n"] | None:
-    weight = weights.vector(f"{name}.weight")
-    if weight is None:
-        return None
-    assert isinstance(norm, RMSNorm)
-    return (weight + norm.offset).contiguous()

@@ -23,7 +23,7 @@ from treadle.serving.sampling import request_of
 from treadle.serving.service import Service, Session, pieces
 from treadle.serving.sources import Passage, told
 from treadle.serving.stream import DONE, EITHER, Answer, answered, event
-from treadle.serving.worker import Piece
+from treadle.serving.ticket import Piece
 
 
 def routes(service: Service) -> APIRouter:

@@ -23,7 +23,7 @@ from treadle.serving.sampling import check_count, request_of
 from treadle.serving.service import Service, Session, pieces, usage
 from treadle.serving.stream import DONE, EITHER, Answer, answered, event
 from treadle.serving.texts import Text, several
-from treadle.serving.worker import Piece
+from treadle.serving.ticket import Piece
 from treadle.tokenizers.tokenizer import Tokenizer
 
 MAX_TOKENS = 16

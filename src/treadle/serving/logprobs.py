@@ -9,7 +9,7 @@ from typing import Any
 
 from treadle.inference.request import Reading
 from treadle.serving.texts import Text
-from treadle.serving.worker import Piece
+from treadle.serving.ticket import Piece
 from treadle.tokenizers.tokenizer import Tokenizer
 
 LOWEST = -9999.0

@@ -16,8 +16,8 @@ from treadle.serving.errors import ApiError, unknown_model
 from treadle.serving.metrics import Metrics
 from treadle.serving.pool import Pool
 from treadle.serving.route import Routes
+from treadle.serving.ticket import Piece, Ticket
 from treadle.serving.trial import Trials
-from treadle.serving.worker import Piece, Ticket
 
 Prepare = Callable[[Engine], Request]
 

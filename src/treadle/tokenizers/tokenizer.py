@@ -123,7 +123,7 @@ class Tokenizer:
         Raises:
             TreadleError: llama.cpp has no tokenizer of this kind.
         """
-        from treadle.tokenizers.gguf import gguf_metadata
+        from treadle.tokenizers.gguf_write import gguf_metadata
 
         return gguf_metadata(self, vocab_size=vocab_size)
 

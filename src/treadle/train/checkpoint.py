@@ -22,26 +22,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from treadle.core.cards import Card
 from treadle.core.errors import FileFormatError, TreadleError
 from treadle.core.files import atomic_directory, sha256, write_json
+from treadle.train.optimizer_file import optimizer_from_disk, optimizer_to_disk
 from treadle.train.parallel import talk
 from treadle.train.state import (
     TrainState,
     frozen_fingerprints,
-    like,
     model_tensors,
-    optimizer_groups,
-    optimizer_tensors,
     put,
-    restore_groups,
     whole,
 )
-from treadle.train.tree import join, pack, split, unpack
+from treadle.train.tree import pack, unpack
 
 CARD = Card(
     id="pre.checkpoints",
@@ -83,7 +79,7 @@ class CheckpointStore:
             TreadleError: the disk is full; earlier checkpoints are as they were.
         """
         model = {name: whole(tensor) for name, tensor in model_tensors(state).items()}
-        optimizer, remembered = _optimizer_to_disk(state)
+        optimizer, remembered = optimizer_to_disk(state)
         own = {
             "stream": state.stream.state(),
             "parts": {name: part.state() for name, part in state.parts.items()},
@@ -133,7 +129,7 @@ class CheckpointStore:
         weights = load_file(path / "model.safetensors")
         for name, tensor in model_tensors(state).items():
             put(tensor, weights[name])
-        _optimizer_from_disk(path / "optimizer.safetensors", state)
+        optimizer_from_disk(path / "optimizer.safetensors", state)
         own = _own_state(path, manifest["world"])
         state.stream.restore(own["stream"])
         for name, part in state.parts.items():
@@ -250,52 +246,6 @@ def _write_manifest(
         "frozen": frozen,
     }
     write_json(folder / "manifest.json", manifest)
-
-
-def _optimizer_to_disk(state: TrainState) -> tuple[dict[str, Tensor], dict[str, str]]:
-    tensors: dict[str, Tensor] = {}
-    scalars: dict[str, dict[str, Any]] = {}
-    for name, key, _, value in optimizer_tensors(state):
-        if isinstance(value, Tensor):
-            tensors[f"{name}/{key}"] = whole(value)
-        else:
-            scalars.setdefault(name, {})[key] = value
-    tree = {"scalars": scalars, "groups": optimizer_groups(state.optimizer)}
-    kind = type(state.optimizer).__name__
-    return tensors, {"kind": kind, "tree": json.dumps(split(tree, {}), allow_nan=False)}
-
-
-def _optimizer_from_disk(file: Path, state: TrainState) -> None:
-    parameters = dict(state.model.named_parameters())
-    memory: dict[str, dict[str, Any]] = {}
-    with safe_open(file, framework="pt") as content:
-        metadata = content.metadata()
-        kind = type(state.optimizer).__name__
-        if metadata["kind"] != kind:
-            raise TreadleError(f"{file}: state of {metadata['kind']}, but the run uses {kind}")
-        tree = join(json.loads(metadata["tree"]), {})
-        if len(tree["groups"]) != len(state.optimizer.param_groups):
-            raise TreadleError(f"{file}: the optimiser's parameter groups differ")
-        for path in content.keys():  # noqa: SIM118  (not a mapping)
-            name, _, key = path.rpartition("/")
-            memory.setdefault(name, {})[key] = content.get_tensor(path)
-    for name, scalars in tree["scalars"].items():
-        memory.setdefault(name, {}).update(scalars)
-    fused = any(group.get("fused") for group in state.optimizer.param_groups)
-    state.optimizer.state.clear()
-    for name, values in memory.items():
-        parameter = parameters[name]
-        state.optimizer.state[parameter] = {
-            key: _placed(value, parameter, fused) if isinstance(value, Tensor) else value
-            for key, value in values.items()
-        }
-    restore_groups(state.optimizer, tree["groups"])
-
-
-def _placed(value: Tensor, parameter: Tensor, fused: bool) -> Tensor:
-    if value.ndim == 0:  # a step count: torch keeps it on the CPU unless the optimiser is fused
-        return value.to(parameter.device) if fused else value
-    return like(value, parameter)
 
 
 def _own_state(path: Path, world: int) -> Any:

@@ -6,7 +6,7 @@
 
 Reading maps the file into memory and decodes a tensor when it is asked for. Every count, length
 and offset is checked against the file's size before it is used, so a truncated or hostile file
-gives a FileFormatError. Writing takes one tensor at a time and replaces the file in one step.
+gives a FileFormatError. `gguf_write.py` writes.
 
 Source: the GGUF specification, versions 2 and 3 (Gerganov and contributors, 2023).
 """
@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
-import shutil
 import struct
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -29,14 +27,14 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from treadle.core.errors import FileFormatError, TreadleError, did_you_mean
-from treadle.core.files import StrPath, atomic_file
-from treadle.kernels.blocks import FORMATS, BlockFormat, block_format, dequantise, quantise
-from treadle.models.hub.gguf_values import Cursor, Value, encode, encode_string, guess_type
+from treadle.core.files import StrPath
+from treadle.kernels.blocks import FORMATS, dequantise
+from treadle.models.hub.gguf_values import Cursor, Value
 
-_MAGIC = b"GGUF"
-_ALIGNMENT = 32
-_LONGEST_NAME, _MOST_DIMENSIONS = 63, 4
-"""ggml's limits on tensors."""
+MAGIC = b"GGUF"
+ALIGNMENT = 32
+MOST_DIMENSIONS = 4
+"""Of a tensor in ggml."""
 
 _OTHER_FORMATS: Mapping[int, tuple[str, int, int]] = MappingProxyType(
     {
@@ -192,7 +190,7 @@ class GGUFFile:
 
 def _read_version(cursor: Cursor) -> int:
     start = bytes(cursor.data[:16])
-    if start[:4] != _MAGIC:
+    if start[:4] != MAGIC:
         hint = "name a .gguf file"
         if start.startswith(b"version https:/"):
             hint = "this is a Git LFS pointer: run `git lfs pull`"
@@ -218,7 +216,7 @@ def _read_tensor_list(
     cursor: Cursor, count: int, metadata: Mapping[str, Value]
 ) -> dict[str, TensorInfo]:
     entries = [_read_tensor_entry(cursor) for _ in range(count)]
-    alignment = metadata.get("general.alignment", _ALIGNMENT)
+    alignment = metadata.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise cursor.fail(f"alignment {alignment!r} is not a power of two")
     start, size = _aligned(cursor.at, alignment), len(cursor.data)
@@ -248,7 +246,7 @@ def _read_tensor_entry(cursor: Cursor) -> tuple[str, tuple[int, ...], str, int, 
     """Name, shape, format, bytes a row, offset from the first tensor."""
     name = cursor.string("a tensor's name")
     dimensions = cursor.uint32(f"the shape of `{name}`")
-    if not 1 <= dimensions <= _MOST_DIMENSIONS:
+    if not 1 <= dimensions <= MOST_DIMENSIONS:
         raise cursor.fail(f"tensor `{name}` has {dimensions:,} dimensions, 1 to 4 are possible")
     raw = cursor.take(8 * dimensions, f"the shape of `{name}`")
     shape: tuple[int, ...] = struct.unpack(f"<{dimensions}Q", raw)[::-1]
@@ -263,98 +261,6 @@ def _read_tensor_entry(cursor: Cursor) -> tuple[str, tuple[int, ...], str, int, 
         )
     row_bytes = shape[-1] // block_size * block_bytes
     return name, shape, format, row_bytes, cursor.uint64(f"the offset of `{name}`")
-
-
-def write_gguf(
-    path: StrPath,
-    metadata: Mapping[str, Value],
-    tensors: Iterable[tuple[str, Tensor, str]],
-    *,
-    types: Mapping[str, str] = MappingProxyType({}),
-) -> None:
-    """Write a file that llama.cpp reads; it appears, or replaces the old one, when complete.
-
-    Args:
-        metadata: `general.architecture` comes first by custom; `general.alignment` is obeyed.
-        tensors: name, weights and format (a name in `FORMATS`), taken one at a time. A uint8
-            tensor is taken as bytes already in the format, as `GGUFFile.raw` gives them.
-        types: metadata key -> type, where the usual one (see `guess_type`) is not meant.
-
-    Raises:
-        TreadleError: a value that does not fit its type, a tensor that does not fit its format,
-            a name that is too long or comes twice, or a full disk.
-    """
-    alignment = metadata.get("general.alignment", _ALIGNMENT)
-    if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
-        raise TreadleError(f"general.alignment {alignment!r} is not a power of two from 8 up")
-    with atomic_file(path) as temporary:
-        data_path = temporary.with_name("tensors")  # their number and shapes go into the header
-        names: set[str] = set()
-        entries: list[bytes] = []
-        with data_path.open("wb") as data:
-            for name, tensor, format in tensors:
-                try:
-                    raw, shape = _encode_tensor(tensor, block_format(format))
-                    entry = _tensor_entry(name, names, shape, FORMATS[format], data.tell())
-                except TreadleError as error:
-                    raise TreadleError(f"{path}: tensor `{name}`: {error}") from None
-                names.add(name)
-                entries.append(entry)
-                data.write(raw.numpy().data)
-                data.write(bytes(-data.tell() % alignment))
-                del tensor, raw  # before the next one is made
-        header = b"".join(
-            [
-                _MAGIC,
-                struct.pack("<IQQ", 3, len(entries), len(metadata)),
-                *(_metadata_entry(path, k, v, types) for k, v in metadata.items()),
-                *entries,
-            ]
-        )
-        with temporary.open("wb") as out, data_path.open("rb") as data:
-            out.write(header)
-            out.write(bytes(-len(header) % alignment))
-            shutil.copyfileobj(data, out, 1 << 24)
-        os.unlink(data_path)
-
-
-def _encode_tensor(tensor: Tensor, format: BlockFormat) -> tuple[Tensor, tuple[int, ...]]:
-    """Bytes on the CPU, and the shape in weights."""
-    if not 1 <= tensor.dim() <= _MOST_DIMENSIONS:
-        raise TreadleError(f"{tensor.dim()} dimensions, GGUF holds 1 to {_MOST_DIMENSIONS}")
-    if tensor.dtype == torch.uint8:
-        columns, rest = divmod(tensor.shape[-1], format.block_bytes)
-        if rest:
-            raise TreadleError(
-                f"rows of {tensor.shape[-1]} bytes are not whole {format.name} blocks of "
-                f"{format.block_bytes}"
-            )
-        shape = (*tensor.shape[:-1], columns * format.block_size)
-        return tensor.contiguous().cpu(), shape
-    if not tensor.is_floating_point():
-        raise TreadleError(f"weights are floating point (or bytes), not {tensor.dtype}")
-    return quantise(tensor, format).cpu(), tuple(tensor.shape)
-
-
-def _tensor_entry(
-    name: str, taken: set[str], shape: tuple[int, ...], format: BlockFormat, offset: int
-) -> bytes:
-    if name in taken:
-        raise TreadleError("the name comes twice")
-    if len(name.encode()) > _LONGEST_NAME:
-        raise TreadleError(f"the name is longer than ggml's {_LONGEST_NAME} bytes")
-    numbers = struct.pack(
-        f"<I{len(shape)}QIQ", len(shape), *reversed(shape), format.ggml_type, offset
-    )
-    return encode_string(name) + numbers
-
-
-def _metadata_entry(path: StrPath, key: str, value: Value, types: Mapping[str, str]) -> bytes:
-    try:
-        kind = types[key] if key in types else guess_type(value)
-        return encode_string(key) + encode(value, kind)
-    except TreadleError as error:
-        raise TreadleError(f"{path}: metadata `{key}`: {error}") from None
 
 
 def _aligned(offset: int, alignment: int) -> int:

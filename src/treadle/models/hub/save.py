@@ -15,9 +15,9 @@ from treadle.kernels.blocks import FORMATS, block_format
 from treadle.models.decoder import DecoderModel
 from treadle.models.families import family_for_gguf, family_for_hf
 from treadle.models.hub.fill import applicable, require_plain, spill
-from treadle.models.hub.gguf import write_gguf
 from treadle.models.hub.gguf_header import ROPE_DIVISORS
 from treadle.models.hub.gguf_values import Value
+from treadle.models.hub.gguf_write import write_gguf
 from treadle.models.hub.safetensors import save_safetensors
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
