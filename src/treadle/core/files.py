@@ -108,7 +108,10 @@ def staging(path: StrPath, *, needed: int | None = None) -> Iterator[Path]:
             f"{_free(path):,} are free; free some, or write to another disk"
         ) from error
     finally:
-        shutil.rmtree(holder, ignore_errors=True)
+        try:
+            holder.rmdir()  # as a rule it is empty; rmtree can lose a Ctrl-C that comes meanwhile
+        except OSError:
+            shutil.rmtree(holder, ignore_errors=True)
 
 
 def publish(temporary: Path, path: StrPath) -> None:
