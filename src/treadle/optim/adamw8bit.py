@@ -78,7 +78,7 @@ class EightBitAdamW(torch.optim.Optimizer):
         weights = parameter.float()
         weights.mul_(1 - group["lr"] * group["weight_decay"])
         weights.addcdiv_(m, root, value=-group["lr"] / (1 - b1**t))
-        if weights.data_ptr() != parameter.data_ptr():
+        if weights is not parameter:
             parameter.copy_(weights)
         for (name, signed), moment in zip(MOMENTS, (m, v), strict=True):
             _write(state, name, signed, moment)

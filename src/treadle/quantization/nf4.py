@@ -81,20 +81,23 @@ class NF4Weight(PackedWeight):
 
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         pairs = _pairs(self.codes.device).index_select(0, self.codes.int())
-        weights: Tensor = pairs.view(-1, BLOCK).mul_(self.scales()[:, None])
-        return weights.view(self.out_features, self.in_features).to(dtype)
+        levels = pairs.view(torch.float32).view(-1, BLOCK)
+        weights = levels if dtype == levels.dtype else torch.empty_like(levels, dtype=dtype)
+        torch.mul(levels, self.scales()[:, None], out=weights)  # rounded once, as it is written
+        return weights.view(self.out_features, self.in_features)
 
     def rows(self, ids: Int[Tensor, " N"], dtype: torch.dtype) -> Float[Tensor, "N in"]:
         columns = torch.arange(self.in_features, device=ids.device)
         places = ids[:, None] * self.in_features + columns
-        pairs = _pairs(self.codes.device)[self.codes[places // 2].int()]
-        levels = pairs.gather(-1, (places % 2)[..., None])[..., 0]
+        pairs = _pairs(self.codes.device)[self.codes[places // 2].int()][..., None]
+        levels = pairs.view(torch.float32).gather(-1, (places % 2)[..., None])[..., 0]
         return (levels * self.scales()[places // BLOCK]).to(dtype)
 
 
 @cache
-def _pairs(device: torch.device) -> Float[Tensor, "256 2"]:
-    """The two levels that each byte holds: one look-up for two weights."""
+def _pairs(device: torch.device) -> Int[Tensor, " 256"]:
+    """The two levels that each byte holds, as one number: one look-up for two weights."""
     levels = torch.tensor(LEVELS)
     byte: UInt8[Tensor, " 256"] = torch.arange(256)
-    return torch.stack((levels[byte >> 4], levels[byte & 15]), 1).to(device)
+    both = torch.stack((levels[byte >> 4], levels[byte & 15]), 1)
+    return both.view(torch.int64).flatten().to(device)
