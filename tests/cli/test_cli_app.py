@@ -215,6 +215,8 @@ def test_a_real_ctrl_c_ends_with_130(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2] / "src")},
         stderr=subprocess.PIPE,
         text=True,
+        # A shell's background job ignores Ctrl-C, and hands that down.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr
     assert "2 steps" in process.stderr.readline()
