@@ -209,15 +209,16 @@ def test_a_real_ctrl_c_ends_with_130(tmp_path: Path) -> None:
         "raise KeyboardInterrupt", "__import__('time').sleep(60)"
     )
     (tmp_path / "weave.py").write_text(text)
+    # A shell's background job ignores Ctrl-C, and would hand that down.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, "-m", "treadle.cli.main", "run", "weave.py", "steps.0.wrong=ctrl-c"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2] / "src")},
         stderr=subprocess.PIPE,
         text=True,
-        # A shell's background job ignores Ctrl-C, and hands that down.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+    signal.signal(signal.SIGINT, before)
     assert process.stderr
     assert "2 steps" in process.stderr.readline()
     while not (tmp_path / "runs/weave/warp/begun.json").exists():
