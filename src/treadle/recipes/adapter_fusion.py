@@ -12,4 +12,4 @@ from treadle.train.run import Trained
 def adapter_fusion() -> Pipeline:
     experts = one_each(Bottleneck(width=32, targets=("ffn",)))
     fusion = AdapterFusion(experts=tuple(Trained(step=run.name) for run in experts))
-    return together("adapter-fusion", experts, fusion)
+    return together("adapter-fusion", experts, fusion, lr=1e-4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from treadle.core.pipeline import Pipeline
 from treadle.models.source import ModelSource, Pretrained
 from treadle.models.transform import Transform
+from treadle.optim.adamw import AdamW
 from treadle.peft.lora import LoRA
 from treadle.peft.mixture import MixtureOfAdapters
 from treadle.recipes.families import QUICKSTART
@@ -17,7 +18,7 @@ from treadle.train.run import Run, Trained
 def adapter_mixture() -> Pipeline:
     experts = one_each(LoRA(rank=16))
     mixture = MixtureOfAdapters(experts=tuple(Trained(step=run.name) for run in experts))
-    return together("adapter-mixture", experts, mixture)
+    return together("adapter-mixture", experts, mixture, lr=1e-3)
 
 
 def one_each(adapter: Transform) -> tuple[Run, ...]:
@@ -34,9 +35,15 @@ def one_each(adapter: Transform) -> tuple[Run, ...]:
     )
 
 
-def together(name: str, experts: tuple[Run, ...], model: ModelSource) -> Pipeline:
+def together(name: str, experts: tuple[Run, ...], model: ModelSource, lr: float) -> Pipeline:
     """The experts, and what is learned to bring them together; each measured on all tasks."""
-    router = sft(model).replace(name="together", transforms=(), fit=Fit(steps=16), minutes=1.5)
+    router = sft(model).replace(
+        name="together",
+        transforms=(),
+        optimizer=AdamW(lr=lr),
+        fit=Fit(steps=16),
+        minutes=1.5,
+    )
     steps = (
         step
         for run in (*experts, router)
