@@ -51,6 +51,22 @@ for _ in range(5):
 print(model[0].weight.double().sum().item().hex())
 """
 
+TOO_LARGE = """
+import torch
+from treadle.kernels.heap import keep_tensors_apart, release_tensors
+assert not keep_tensors_apart()
+kept = torch.arange(1 << 20)
+for _ in range(2):
+    try:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    except RuntimeError as error:
+        print(str(error).splitlines()[0])
+    release_tensors()  # of what was refused, nothing is given back
+    gone = torch.ones(1 << 20)
+    del gone
+assert torch.equal(kept, torch.arange(1 << 20))
+"""
+
 LIMITED = """
 import resource
 resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
@@ -76,6 +92,13 @@ def test_threads_keep_their_values() -> None:
 @needs_heap
 def test_training_is_the_same_bit_for_bit() -> None:
     assert process(TRAINING, "apart") == process(TRAINING, "shared")
+
+
+@needs_heap
+def test_a_tensor_that_cannot_fit_is_refused_and_nothing_else_suffers() -> None:
+    said = process(TOO_LARGE).splitlines()
+    assert len(said) == 2
+    assert all(f"not enough memory for a tensor of {1 << 60} bytes" in line for line in said)
 
 
 @needs_heap

@@ -44,8 +44,10 @@ def answer_tree(env: Env, prompt: Messages, answers: Sequence[Messages], longest
             raise TreadleError("an answer is empty")
         chat = [*messages, *(m.plain() for m in answer)]
         tokens = encode_chat(env.tokenizer, chat, turns=LastTurn())
-        end = len(tokens.mask) - tokens.mask[::-1].index(True)
+        end = max((i for i, written in enumerate(tokens.mask, 1) if written), default=0)
         ids = tokens.ids[len(root) : min(end, longest)]
+        if not ids:
+            raise TreadleError("an answer has no turn of the assistant's")
         children.append(Piece(ids, [True] * len(ids), parent=0))
     return [Piece(root, [False] * len(root)), *children]
 

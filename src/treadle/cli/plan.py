@@ -47,6 +47,7 @@ def plan(
     """
     from treadle.core.errors import TreadleError, did_you_mean
     from treadle.core.progress import standard
+    from treadle.kernels.heap import keep_tensors_apart
     from treadle.planning.choose import GOALS, recommend
     from treadle.planning.estimate import Data, estimate
     from treadle.planning.methods import methods
@@ -72,6 +73,8 @@ def plan(
     typer.echo(f"for {GOALS[known[goal]]}: {chosen.row.method.name}")
     for reason in chosen.reasons:
         typer.echo(f"  - {reason}")
+    if shared := keep_tensors_apart():
+        typer.echo(f"{shared}; a run may take up to 1.4 times the memory of what lives in it")
 
 
 def decoder_of(target: str) -> Decoder:

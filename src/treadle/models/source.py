@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from treadle.core.config import Config
-from treadle.core.errors import TreadleError
 from treadle.core.pipeline import Reads, Workspace
 from treadle.models.decoder import Decoder, DecoderModel
 from treadle.models.outline import Unfilled, outline
@@ -61,10 +60,8 @@ def outlined(
     try:
         with Unfilled(), torch.random.fork_rng(devices=()):
             return transformed(model, transforms)
-    except TreadleError:
-        raise
-    except Exception:
-        return None  # a transform that wants values: only the run can tell
+    except (NotImplementedError, RuntimeError):
+        return None  # a transform that wants values, which torch refuses: only the run can tell
 
 
 class Pretrained(ModelSource):

@@ -9,11 +9,11 @@ LoRA step of SmolLM2-135M take what lives and next to nothing more.
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 from functools import cache
 from pathlib import Path
 
+import psutil
 import torch
 
 from treadle.core.errors import TreadleError
@@ -22,8 +22,9 @@ from treadle.kernels.compiler import compile_library
 SOURCES = Path(__file__).parent
 SMALL = 32 * 1024
 """Bytes below which a tensor stays in the process's own heap."""
-ROOM = 8
-"""Addresses that are set apart, in memories of the machine; an address alone costs nothing."""
+ROOM = 1.25
+"""Addresses that are set apart, in memories of the machine: for what lives, and holes between. An
+address costs nothing, but an error for what cannot fit is better than a process that is killed."""
 
 
 @cache
@@ -36,9 +37,9 @@ def keep_tensors_apart() -> str:
         return "tensors share the process's heap: one of their own is written for Linux"
     try:
         library = _library()
-    except TreadleError as error:
+    except (TreadleError, OSError) as error:
         return f"tensors share the process's heap: {error}"
-    room = ROOM * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    room = int(ROOM * (psutil.virtual_memory().total + psutil.swap_memory().total))
     if not library.treadle_tensor_heap(room, SMALL):
         return "tensors share the process's heap: its addresses are limited (`ulimit -v`)"
     return ""

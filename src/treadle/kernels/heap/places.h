@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <map>
 #include <set>
+#include <tuple>
 #include <unordered_map>
 #include <utility>
 
@@ -14,9 +15,13 @@ namespace treadle {
 
 class Places {
  public:
-  static constexpr size_t kPage = 4096;
+  static constexpr size_t kPage = 4096, kNowhere = ~size_t{0};
 
+  explicit Places(size_t room) : room_(room) {}
+
+  // Where a block begins; `kNowhere`, and nothing is changed, if there is no room for it.
   size_t ask(size_t bytes) {
+    if (bytes > room_) return kNowhere;
     const size_t size = (bytes + kPage - 1) / kPage * kPage;
     size_t place = end_;
     if (const auto fit = by_size_.lower_bound({size, 0}); fit != by_size_.end()) {
@@ -26,11 +31,12 @@ class Places {
       if (found > size) put(at + size, found - size);
     } else {
       // What is free at the end becomes the beginning of the block.
+      size_t last = 0;
       if (!free_.empty() && free_.rbegin()->first + free_.rbegin()->second == end_) {
-        const auto [at, found] = *free_.rbegin();
-        place = at;
-        take(at, found);
+        std::tie(place, last) = *free_.rbegin();
       }
+      if (place + size > room_) return kNowhere;
+      if (last > 0) take(place, last);
       end_ = place + size;
     }
     used_.emplace(place, size);
@@ -69,6 +75,7 @@ class Places {
     by_size_.erase({size, at});
   }
 
+  const size_t room_;
   size_t end_ = 0;
   std::map<size_t, size_t> free_;
   std::set<std::pair<size_t, size_t>> by_size_;

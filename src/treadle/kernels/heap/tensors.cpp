@@ -2,6 +2,7 @@
 
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
+#include <c10/util/Exception.h>
 #include <sys/mman.h>
 
 #include <cstdlib>
@@ -17,7 +18,8 @@ constexpr size_t kAlignment = 64;
 
 class TensorHeap final : public c10::Allocator {
  public:
-  TensorHeap(char* begin, size_t room, size_t small) : begin_(begin), room_(room), small_(small) {}
+  TensorHeap(char* begin, size_t room, size_t small)
+      : begin_(begin), room_(room), small_(small), places_(room) {}
 
   c10::DataPtr allocate(size_t bytes) override {
     void* data = nullptr;
@@ -47,10 +49,8 @@ class TensorHeap final : public c10::Allocator {
   void* large(size_t bytes) {
     const std::lock_guard hold(lock_);
     const size_t place = places_.ask(bytes);
-    if (place + bytes > room_) {
-      places_.give_back(place);
-      throw std::bad_alloc();
-    }
+    TORCH_CHECK(place != treadle::Places::kNowhere, "not enough memory for a tensor of ", bytes,
+                " bytes: take a smaller model, or fewer tokens at a time");
     return begin_ + place;
   }
 
