@@ -71,3 +71,15 @@ def test_scores_of_style_and_content() -> None:
 def test_a_style_needs_texts_of_both_kinds() -> None:
     with pytest.raises(ConfigError, match="one of the two has none"):
         learn_style([], PLAIN)
+
+
+def test_too_few_conversations_are_named() -> None:
+    """Eight are there: seven to learn from and one to ask about."""
+    few, many = Numbered(word="loom", amount=8), Numbered(word="warp", endless=True)
+    style = StyleProblems(styled=few, plain=many, known=7)
+    assert style.problem(0).prompt == (user("loom 7"),)
+    with pytest.raises(ConfigError, match=r"9 conversations of Numbered are needed.*there are 8"):
+        style.problem(1)
+    other = StyleProblems(styled=many, plain=few, known=9)
+    with pytest.raises(ConfigError, match=r"9 conversations of Numbered are needed.*there are 8"):
+        other.score(other.problem(0), "loom")

@@ -73,6 +73,12 @@ class StyleProblems(Problems):
     order: int = Field(3, ge=1)
 
     def problem(self, index: int) -> Problem:
+        """Problem number `index`, from 0.
+
+        Raises:
+            ConfigError: there are not so many conversations.
+        """
+        _require(self.styled, self.known + index + 1)
         chat = self.styled.conversation(self.known + index)
         if self.who:
             chat = told_who(chat, self.who)
@@ -106,9 +112,20 @@ def words(text: str) -> frozenset[str]:
 @lru_cache(maxsize=4)
 def _classifier(problems: StyleProblems) -> StyleClassifier:
     def texts(conversations: Conversations) -> list[str]:
+        _require(conversations, problems.known)
         return [answer(conversations.conversation(i)) for i in range(problems.known)]
 
     return learn_style(texts(problems.styled), texts(problems.plain), problems.order)
+
+
+def _require(conversations: Conversations, wanted: int) -> None:
+    there = conversations.count()
+    if there is not None and there < wanted:
+        raise ConfigError(
+            f"StyleProblems: {wanted} conversations of {type(conversations).__name__} are needed, "
+            f"to learn the style and to ask about it, but there are {there}; lower `known`, or ask "
+            "fewer problems"
+        )
 
 
 def answer(chat: Chat) -> str:
