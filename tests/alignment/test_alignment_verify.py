@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -55,8 +56,11 @@ def test_nothing_is_left_behind(
     """Not even folders that are nested more deeply than Python can take away."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     nested = "import os\nfor _ in range(1500):\n    os.mkdir('a'); os.chdir('a')\nprint('deep')"
-    assert run_python(nested).stdout == "deep\n"
-    assert list(tmp_path.iterdir()) == []
+    try:
+        assert run_python(nested).stdout == "deep\n"
+        assert list(tmp_path.iterdir()) == []
+    finally:  # pytest could not take them away either
+        subprocess.run(["rm", "-rf", str(tmp_path)], check=True)
 
 
 def test_what_is_no_text_fails_by_itself(isolated: str) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from treadle.alignment.trees import Tree, assemble_trees, tree_size
 from treadle.core.config import Config
@@ -48,11 +49,22 @@ class InitialModel(Reference):
         if not path.exists():
             trees = [tree(i) for i in numbers]
             parts = []
-            for run in within_budget([tree_size(t) for t in trees], tokens):
-                batch = assemble_trees([trees[i] for i in run]).to(env.device)
-                with env.autocast():
+            with evaluating(env.model), env.autocast():
+                for run in within_budget([tree_size(t) for t in trees], tokens):
+                    batch = assemble_trees([trees[i] for i in run]).to(env.device)
                     parts.append(sequence_logprobs(env.model, batch).cpu())
             table = torch.cat(parts).unflatten(0, (len(trees), -1))
             with atomic_file(path) as temporary:
                 save_file({"logprobs": table}, temporary)
         return load_file(path)["logprobs"]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout meanwhile."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
