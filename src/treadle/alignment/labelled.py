@@ -10,7 +10,14 @@ from pydantic import Field
 
 from treadle.alignment.preferences import Pairs
 from treadle.alignment.reference import InitialModel, reference_of
-from treadle.alignment.trees import Tree, TreeStream, answer_tree, assemble_trees, extended
+from treadle.alignment.trees import (
+    Tree,
+    TreeStream,
+    answer_tree,
+    assemble_trees,
+    extended,
+    says_something,
+)
 from treadle.core.config import Config
 from treadle.core.errors import TreadleError
 from treadle.data.formats import Format
@@ -94,11 +101,12 @@ class JudgementStream(TreeStream):
         return answer_tree(self.env, judged.prompt, answers, self.config.longest)
 
     def _other(self, index: int, judged: Labelled) -> Messages:
-        """The next answer to a different prompt (of pairs taken apart, neighbours share one)."""
+        """The next answer to a different prompt (of pairs taken apart, neighbours share one) that
+        says something."""
         count = self.config.answers.count()
         for step in range(1, count):
             other = self.config.answers.answer((index + step) % count)
-            if other.prompt != judged.prompt:
+            if other.prompt != judged.prompt and says_something(other.completion):
                 return other.completion
         raise TreadleError("no answer is to another prompt: KTO compares with one")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from treadle.alignment.trees import Tree, TreeStream, assemble_trees, tree_size
 from treadle.core.config import Config
@@ -51,13 +51,10 @@ class InitialModel(Reference):
         known = _read(path) if path.exists() else {}
         if missing := [i for i in numbers if i not in known]:
             trees = [tree(i) for i in missing]
-            with _progress(env, len(trees)) as done:
+            with _progress(env, len(trees)) as done, evaluating(env.model), env.autocast():
                 for run in within_budget([tree_size(t) for t in trees], tokens):
                     batch = assemble_trees([trees[i] for i in run]).to(env.device)
-                    with env.autocast():
-                        rows = (
-                            sequence_logprobs(env.model, batch).cpu().unflatten(0, (len(run), -1))
-                        )
+                    rows = sequence_logprobs(env.model, batch).cpu().unflatten(0, (len(run), -1))
                     known |= {missing[i]: row for i, row in zip(run, rows, strict=True)}
                     done(run[-1] + 1)
             with atomic_file(path) as temporary:
@@ -78,6 +75,17 @@ def _progress(env: Env, total: int) -> Iterator[Callable[[float], None]]:
         return
     with env.workspace.progress.task("reference", total) as task:
         yield task.update
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout meanwhile."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def reference_of(stream: TreeStream, reference: Reference) -> Float[Tensor, "K A"] | None:

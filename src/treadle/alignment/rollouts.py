@@ -112,10 +112,20 @@ class RolloutStream(Stream):
                 f"the prompts of all {self.share} problems of a step fill the model's context of "
                 f"{self.env.model.config.context} tokens: choose shorter ones"
             )
-        require_sound([s for g in groups for s in g.scores])
-        for reason in dict.fromkeys(s.failure for g in groups for s in g.scores if s.failure):
-            self._tell(f"a completion was left without its reward: {reason}")
+        self.check(
+            [s for g in groups for s in g.scores], "a completion was left without its reward"
+        )
         return groups
+
+    def check(self, scores: Sequence[Scored], what: str) -> None:
+        """Name what failed in the log.
+
+        Raises:
+            TreadleError: every single one did.
+        """
+        require_sound(scores)
+        for reason in dict.fromkeys(s.failure for s in scores if s.failure):
+            self._tell(f"{what}: {reason}")
 
     def complete(self, problems: Iterable[tuple[Problem, int]]) -> list[Group]:
         """Groups for problems, each with the number that seeds its samples; prompts that fill the
