@@ -159,6 +159,29 @@ def test_reptile_by_hand() -> None:
     assert found.query_loss == pytest.approx(expected, rel=1e-4)
 
 
+def test_maml_from_weights_that_are_all_zero() -> None:
+    """An added part often begins at nothing; its curvature is none the less there."""
+    torch.manual_seed(0)
+    model = network(5).double()
+    added = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    base = {n: p.detach() for n, p in model.named_parameters()}
+    whole = loss_of(model)
+
+    def loss(weights: Weights, batch: Any) -> Tensor:
+        return whole({n: base[n] + w for n, w in weights.items()}, batch)
+
+    drawn = sine(torch.Generator().manual_seed(1), steps=2)
+    episode = Episode(
+        [tuple(t.double() for t in batch) for batch in drawn.support],
+        tuple(t.double() for t in drawn.query),
+    )
+    found = MAML()(loss, added, [episode], LR).gradients
+    leaves = {n: w.requires_grad_() for n, w in added.items()}
+    expected = torch.autograd.grad(episode_loss(loss, leaves, episode, LR), list(leaves.values()))
+    for ours, theirs in zip(found.values(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def joint(loss: Loss, weights: Weights, episodes: list[Episode]) -> dict[str, Tensor]:
     """All tasks learned as one: the baseline that does not know it will be adapted."""
     total = sum(loss(weights, episode.query) for episode in episodes)
@@ -243,6 +266,9 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     env = chat_env(tmp_path)
     with pytest.raises(ConfigError, match=r"an episode takes 6 conversations .* has only 5"):
         step.train(env, here(tmp_path))
+    cut = Supervised(conversations=Numbered(word="loom"), longest=2)
+    with pytest.raises(TreadleError, match="none of 2 conversations has an assistant token within"):
+        step.replace(tasks=(cut, cut)).train(env, here(tmp_path))
     env.model.requires_grad_(False)
     with pytest.raises(ConfigError, match="nothing trains; add a transform such as LoRA"):
         step.train(env, here(tmp_path))

@@ -199,9 +199,19 @@ class _Loss(torch.nn.Module):
 
 
 def batch_of(source: Supervised, numbers: Sequence[int], env: Env) -> Batch:
-    """These conversations in one batch."""
+    """These conversations in one batch.
+
+    Raises:
+        TreadleError: there is nothing to learn in any of them.
+    """
     chats = (source.conversations.conversation(i) for i in numbers)
-    return assemble([piece_of(chat, source, env.tokenizer) for chat in chats])
+    batch = assemble([piece_of(chat, source, env.tokenizer) for chat in chats])
+    if not len(batch.targets):
+        raise TreadleError(
+            f"MetaTrain: none of {len(numbers)} conversations has an assistant token within its "
+            f"first {source.longest} tokens: raise `longest`, or shorten the prompts"
+        )
+    return batch
 
 
 def _tokens(episode: Episode) -> int:
