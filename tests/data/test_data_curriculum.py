@@ -20,7 +20,9 @@ from treadle.data.curriculum import (
     RootPace,
     StaircasePace,
 )
+from treadle.data.records import Chat, user
 from treadle.data.supervised import Supervised, piece_of
+from treadle.peft.lora import LoRA
 
 NUMBERED = Numbered(word="loom", amount=20)
 EASIEST_FIRST = tuple(sorted(range(20), key=lambda i: (7 * i) % 20))
@@ -92,6 +94,33 @@ def test_difficulty(tmp_path: Path) -> None:
         expected = F.cross_entropy(logits[learned], tokens[1:][learned])
         assert loss == pytest.approx(float(expected.detach()), rel=1e-4)
     assert len(set(losses)) > 10
+
+
+def test_dropout_makes_nothing_harder(tmp_path: Path) -> None:
+    env = chat_env(tmp_path)
+    model = LoRA(rank=2, dropout=0.5)(env.model).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    source = Supervised(conversations=NUMBERED)
+    assert ModelLoss()(source, 20, env) == ModelLoss()(source, 20, env)
+    assert model.training
+
+
+def test_what_has_no_answer_comes_last(tmp_path: Path) -> None:
+    """Prompts longer than what is read: nothing of their answers is left."""
+
+    class Wordy(Numbered):
+        """Every third prompt is long."""
+
+        def conversation(self, index: int) -> Chat:
+            chat = super().conversation(index)
+            return Chat((user("warp " * 60), chat.messages[1])) if index % 3 == 0 else chat
+
+    source = Supervised(conversations=Wordy(word="loom", amount=6), longest=40)
+    losses = ModelLoss()(source, 6, chat_env(tmp_path))
+    assert [i for i, loss in enumerate(losses) if loss == float("inf")] == [0, 3]
 
 
 def test_the_order_is_kept_when_the_model_has_learned(tmp_path: Path) -> None:
