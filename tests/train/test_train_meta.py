@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from train.tiny import VOCAB, documents, tiny_model
 
+from treadle.core.config import to_yaml
 from treadle.core.errors import ConfigError, TreadleError
 from treadle.core.execute import execute
 from treadle.core.pipeline import Pipeline, Workspace, read_manifest
@@ -35,7 +36,7 @@ from treadle.train.meta import (
     adapt,
 )
 from treadle.train.meta_train import LossOf, MetaTrain
-from treadle.train.precision import FP32
+from treadle.train.precision import BF16, FP32
 from treadle.train.rng import seed_everything
 from treadle.train.run import WEIGHTS, Trained
 
@@ -182,6 +183,19 @@ def test_maml_from_weights_that_are_all_zero() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_the_step_of_a_difference_goes_with_the_weights(scale: float) -> None:
+    """sum(w^4) in float32, whose curvature is 12 w^2, with small weights and with large ones."""
+    torch.manual_seed(0)
+    u, v = torch.randn(20), torch.randn(20)
+
+    def loss(weights: Weights, batch: Any) -> Tensor:
+        return (weights["w"] / scale).pow(4).sum() * scale**2
+
+    found = MAML().hessian_product(loss, {"w": scale * u}, None, {"w": v})
+    torch.testing.assert_close(found["w"], 12 * u.square() * v, rtol=0.01, atol=0.01)
+
+
 def joint(loss: Loss, weights: Weights, episodes: list[Episode]) -> dict[str, Tensor]:
     """All tasks learned as one: the baseline that does not know it will be adapted."""
     total = sum(loss(weights, episode.query) for episode in episodes)
@@ -325,7 +339,26 @@ def test_what_a_step_found_is_opened_again(tmp_path: Path) -> None:
     found_losses = [(line["step"], line["loss"]) for line in map(json.loads, lines)]
     assert found_losses == [(i, pytest.approx(loss)) for i, loss in enumerate(losses, 1)]
     metrics = read_manifest(root / "meta")["metrics"]
+    assert metrics["precision"] == "float32"
     assert metrics["parameters_trained"] == sum(env.model.get_parameter(n).numel() for n in names)
+
+
+def test_what_goes_on_computes_as_it_began(tmp_path: Path) -> None:
+    """The precision that was found best stays, wherever the run goes on."""
+    step = MetaTrain(
+        model=ChatModel(folder=str(tmp_path / "model")),
+        transforms=(LoRA(rank=2),),
+        tasks=tuple(Supervised(conversations=Numbered(word=w)) for w in ("warp", "weft")),
+        optimizer=AdamW(lr=1e-2),
+        shots=1,
+        inner_steps=1,
+        steps=1,
+    )
+    for precision in (BF16(), FP32()):
+        (folder := tmp_path / str(precision.dtype())).mkdir()
+        (folder / "precision.yaml").write_text(to_yaml(precision))
+        metrics = step.execute(Workspace(folder, folder, Pipeline(name="p", steps=())))
+        assert f"torch.{metrics['precision']}" == str(precision.dtype())
 
 
 def test_the_step_trains_what_the_transforms_opened(tmp_path: Path) -> None:
