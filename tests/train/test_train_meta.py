@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,7 @@ from treadle.train.meta import (
     Weights,
     adapt,
 )
-from treadle.train.meta_train import LossOf, MetaTrain
+from treadle.train.meta_train import Episodes, LossOf, MetaTrain
 from treadle.train.precision import BF16, FP32
 from treadle.train.rng import seed_everything
 from treadle.train.run import WEIGHTS, Trained
@@ -341,6 +342,33 @@ def test_what_a_step_found_is_opened_again(tmp_path: Path) -> None:
     metrics = read_manifest(root / "meta")["metrics"]
     assert metrics["precision"] == "float32"
     assert metrics["parameters_trained"] == sum(env.model.get_parameter(n).numel() for n in names)
+
+
+def test_an_episode_shows_a_conversation_once(tmp_path: Path) -> None:
+    """Of 12 conversations of one task 3 in each of 3 inner steps, and 3 to be judged by."""
+    env = chat_env(tmp_path)
+    step = MetaTrain(
+        model=Pretrained(name="any"),
+        tasks=tuple(
+            Supervised(conversations=Numbered(word=w, amount=12)) for w in ("warp", "weft")
+        ),
+        optimizer=AdamW(lr=1e-2),
+        shots=3,
+        inner_steps=3,
+        tasks_per_step=1,
+    )
+    episodes, seen = Episodes(step, env), set()
+    for _ in range(6):
+        (episode,) = next(episodes)
+        batches = [*episode.support, episode.query]
+        assert [batch.sequence_count for batch in batches] == [3] * 4
+        text = " ".join(env.tokenizer.decode(batch.tokens.tolist()) for batch in batches)
+        found = re.findall(r"(warp|weft) (\d+)", text)
+        words = {word for word, _ in found}
+        assert len(words) == 1
+        assert sorted(int(number) for _, number in found) == list(range(12))
+        seen |= words
+    assert seen == {"warp", "weft"}
 
 
 def test_what_goes_on_computes_as_it_began(tmp_path: Path) -> None:
