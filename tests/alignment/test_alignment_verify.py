@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import tempfile
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from treadle.alignment.sandbox import bubblewrap_works, run_python
+from treadle.alignment import sandbox
+from treadle.alignment.sandbox import Outcome, bubblewrap_works, run_python
 from treadle.alignment.verifiers import marks
 from treadle.core.errors import TreadleError
 from treadle.data.records import Problem, user
@@ -19,6 +24,72 @@ def problem(verifier: str, answer: str = "", **metadata: Any) -> Problem:
 
 
 # The sandbox
+
+LIMITS = "resource limits alone"
+
+
+@pytest.fixture(params=["bubblewrap", LIMITS])
+def isolated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each way in which programs are held."""
+    if request.param == LIMITS:
+        monkeypatch.setattr(sandbox, "bubblewrap_works", lambda: False)
+    elif not bubblewrap_works():
+        pytest.skip("bubblewrap is absent or may not be used")
+    return request.param
+
+
+@pytest.mark.parametrize("instead", ["os.symlink({secret!r}, name)", "os.mkfifo(name)"])
+def test_output_is_what_was_written(isolated: str, instead: str, tmp_path: Path) -> None:
+    """Nothing that a program puts in the place of a file is read for it, or waited for."""
+    secret = tmp_path / "secret"
+    secret.write_text("hidden")
+    source = (
+        "import os\nfor name in os.listdir():\n    if name != 'main.py':\n"
+        f"        os.remove(name); {instead.format(secret=str(secret))}\n"
+    )
+    assert run_python(source) == Outcome(0, "", "", False, isolated.replace(LIMITS, "rlimits"))
+
+
+def test_nothing_is_left_behind(
+    isolated: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even folders that are nested more deeply than Python can take away."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    nested = "import os\nfor _ in range(1500):\n    os.mkdir('a'); os.chdir('a')\nprint('deep')"
+    try:
+        assert run_python(nested).stdout == "deep\n"
+        assert list(tmp_path.iterdir()) == []
+    finally:  # pytest could not take them away either
+        subprocess.run(["rm", "-rf", str(tmp_path)], check=True)
+
+
+def test_what_is_no_text_fails_by_itself(isolated: str) -> None:
+    outcome = run_python("print('\ud800')")
+    assert outcome.code == 1
+    assert "UnicodeDecodeError" in outcome.stderr
+    assert run_python("print(1)", stdin="\ud800").stdout == "1\n"
+
+
+def test_input_need_not_be_read(isolated: str) -> None:
+    assert run_python("print('done')", stdin="x" * 10**6).stdout == "done\n"
+
+
+def test_a_program_that_is_killed_says_by_what(isolated: str) -> None:
+    source = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
+    assert run_python(source).code == (-9 if isolated == LIMITS else 128 + 9)
+
+
+def test_no_program_fills_the_disk(tmp_path: Path) -> None:
+    if not bubblewrap_works():
+        pytest.skip("bubblewrap is absent or may not be used")
+    source = (
+        "import itertools\nfor folder in ('.', '/tmp', '/', '/usr'):\n    try:\n"
+        "        for i in itertools.count():\n"
+        "            open(f'{folder}/{i}', 'wb').write(bytes(2**20))\n"
+        "    except OSError as error:\n        print(i, error.strerror)\n"
+    )
+    full, shut = "16 No space left on device", "0 Read-only file system"
+    assert run_python(source).stdout.splitlines() == [full, full, shut, shut]
 
 
 def test_output_and_status() -> None:
@@ -40,20 +111,29 @@ def test_memory_is_limited() -> None:
     outcome = run_python("x = bytearray(2**30)\nprint(len(x))", megabytes=256)
     assert outcome.code != 0
     assert "MemoryError" in outcome.stderr
+    assert run_python("x = bytearray(2**27)\nprint(len(x))", megabytes=256).stdout == "134217728\n"
 
 
 def test_output_is_limited() -> None:
     outcome = run_python("while True: print('x' * 10000)", seconds=5)
     assert outcome.code != 0
-    assert len(outcome.stdout) <= 2**20
+    assert len(outcome.stdout) == 2**20
 
 
-def test_children_do_not_outlive_their_program(tmp_path) -> None:
+def test_children_do_not_outlive_their_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without name spaces, whose processes end with them, the session is killed."""
+    monkeypatch.setattr(sandbox, "bubblewrap_works", lambda: False)
+    late = tmp_path / "late"
     source = (
-        "import os, time\nif os.fork() == 0:\n    time.sleep(60)\nelse:\n    print(os.getpid())\n"
+        "import os, time\nif os.fork() == 0:\n    print('child', flush=True)\n    time.sleep(1)\n"
+        f"    open({str(late)!r}, 'w')\n    time.sleep(60)\ntime.sleep(0.5)\nprint('parent')\n"
     )
-    outcome = run_python(source, seconds=3)
-    assert outcome.code == 0
+    outcome = run_python(source, seconds=30)
+    assert (outcome.code, outcome.stdout) == (0, "child\nparent\n")
+    time.sleep(1.5)
+    assert not late.exists()
 
 
 def test_the_environment_is_not_inherited(monkeypatch: pytest.MonkeyPatch) -> None:

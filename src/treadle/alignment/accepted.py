@@ -77,7 +77,7 @@ class Rewarded(Acceptance):
     threshold: float = 1.0
 
     def __call__(self, group: Group) -> list[bool]:
-        return [reward >= self.threshold for reward in group.rewards]
+        return [not s.failure and s.value >= self.threshold for s in group.scores]
 
 
 class Agreeing(Acceptance):

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from treadle.alignment.reference import evaluating
 from treadle.alignment.trees import Tree, assemble_trees, tree_size
 from treadle.core.cards import Card
 from treadle.core.config import Config
@@ -108,12 +109,12 @@ def confidences_of(pairs: Sequence[Preference]) -> Float[Tensor, " P"] | None:
 def differences(env: Env, trees: Sequence[Tree], tokens: int) -> Float[Tensor, "P D"]:
     """Last hidden state of the chosen answer less that of the rejected one."""
     rows = []
-    for run in within_budget([tree_size(t) for t in trees], tokens):
-        batch = assemble_trees([trees[i] for i in run]).to(env.device)
-        with env.autocast():
+    with evaluating(env.model), env.autocast():
+        for run in within_budget([tree_size(t) for t in trees], tokens):
+            batch = assemble_trees([trees[i] for i in run]).to(env.device)
             hidden = env.model(batch.tokens, batch.context())[sequence_ends(batch)]
-        chosen, rejected = hidden.double().cpu().unflatten(0, (-1, 2)).unbind(1)
-        rows.append(chosen - rejected)
+            chosen, rejected = hidden.double().cpu().unflatten(0, (-1, 2)).unbind(1)
+            rows.append(chosen - rejected)
     return torch.cat(rows)
 
 

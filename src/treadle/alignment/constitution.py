@@ -75,7 +75,7 @@ def read_constitution(path: str) -> tuple[Principle, ...]:
         rows = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise TreadleError(f"the constitution {path} cannot be read ({error.strerror})") from None
-    except YAMLError as error:
+    except (UnicodeDecodeError, YAMLError) as error:
         raise FileFormatError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(rows, list) or not rows:
         raise FileFormatError(f"{path}: a constitution is a list of principles")
@@ -87,7 +87,7 @@ def _principle(row: Any, where: str) -> Principle:
         raise FileFormatError(f"{where}: write {', '.join(KEYS)}, each a text")
     odd, missing = set(row) - set(KEYS), set(KEYS[:3]) - set(row)
     if odd or missing:
-        what = f"has no use for `{min(odd)}`" if odd else f"lacks `{min(missing)}`"
+        what = f"has no use for `{min(map(str, odd))}`" if odd else f"lacks `{min(missing)}`"
         raise FileFormatError(f"{where}: it {what}; a principle has {', '.join(KEYS)}")
     try:
         pattern = re.compile(row["forbidden"], re.IGNORECASE) if "forbidden" in row else None

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from treadle.alignment.rewards import Reward
 from treadle.alignment.rollouts import Group, Rollouts, Shaped
-from treadle.alignment.scoring import require_sound, scorer
+from treadle.alignment.scoring import scorer
 from treadle.core.cards import Card
 from treadle.data.source import Env, Source, Stream, Work
 
@@ -66,7 +66,7 @@ class ConstrainedStream(Stream):
 
     def _shaped(self, groups: list[Group]) -> Shaped:
         found = [[self.cost(g.problem, c.text) for c in g.completions] for g in groups]
-        require_sound([c for row in found for c in row])
+        self.rollouts.check([c for row in found for c in row], "a cost is taken for the highest")
         # A cost that could not be found is taken for the highest: doubt must not pay.
         costs = torch.tensor([[1.0 if c.failure else c.value for c in row] for row in found])
         rewards = torch.tensor([g.rewards for g in groups])

@@ -10,6 +10,7 @@ its own reward against the same seat in the other plays of its group.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from treadle.alignment.samplers import Sample
-from treadle.alignment.scoring import time_limit
+from treadle.alignment.scoring import OvertimeError, time_limit
 from treadle.core.config import Config
 from treadle.core.errors import TreadleError
 from treadle.data.records import Message, Messages, assistant, user
@@ -117,18 +118,20 @@ class Episode:
     def hear(self, said: str, patience: float) -> None:
         """Tell the environment; whatever it does, the run goes on."""
         assert self.speaker is not None
+        sound: list[bool] = []
         try:
             with time_limit(patience):
                 heard = self.play.hear(self.speaker, said)
-        except (TreadleError, KeyboardInterrupt):
+            sound += map(math.isfinite, heard.rewards)
+        except TreadleError:
             raise
-        except Exception as error:  # an environment may fail in any way
+        except (Exception, OvertimeError) as error:  # an environment may fail in any way
             heard = Heard(None, failure=f"{type(error).__name__}: {error}"[:200])
         if heard.failure:
             self.failures.append(heard.failure)
-        for seat, reward in zip(self.seats, heard.rewards, strict=False):
+        for seat, reward, finite in zip(self.seats, heard.rewards, sound, strict=False):
             # What is no number teaches nothing.
-            if np.isfinite(reward):
+            if finite:
                 seat.reward += reward
             else:
                 self.failures.append(f"the reward was {reward}")

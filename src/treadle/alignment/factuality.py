@@ -86,9 +86,8 @@ def claim_of(sentence: str) -> Claim:
     names = {w.lower() for w in raw[1:] if w[0].isupper() and w != "I"}
     numbers = {w for w in low if any(c.isdigit() for c in w)}
     denials = sum(w in _DENIALS or w.endswith("n't") for w in low)
-    words = {
-        stem(w) for w in low if w not in _DENIALS.union(_LIGHT.split()) and not w.endswith("n't")
-    }
+    light = _DENIALS.union(_LIGHT.split())
+    words = {stem(w) for w in low if w not in light and not w.endswith("n't")}
     return Claim(frozenset(words), frozenset(map(stem, names | numbers)), denials % 2 == 1)
 
 

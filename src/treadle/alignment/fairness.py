@@ -24,7 +24,7 @@ from torch import Tensor
 
 from treadle.alignment.rewards import Reward
 from treadle.alignment.rollouts import Group, Rollouts, Shaped
-from treadle.alignment.scoring import require_sound, scorer
+from treadle.alignment.scoring import scorer
 from treadle.core.cards import Card
 from treadle.core.errors import TreadleError
 from treadle.data.problems import Problems
@@ -109,12 +109,13 @@ class FairStream(Stream):
 
     def _shaped(self, groups: list[Group]) -> Shaped:
         found = [[self.score(g.problem, c.text) for c in g.completions] for g in groups]
-        require_sound([s for row in found for s in row])
+        self.rollouts.check([s for row in found for s in row], "a score is taken for 0")
         scores = torch.tensor([[s.value for s in row] for row in found])
         rewards = torch.tensor([g.rewards for g in groups])
         sets = [g.problem.metadata[SET] for g in groups]
         shaped = rewards - self.config.penalty * penalties(scores, sets)
-        return Shaped(shaped, demographics(scores, groups, sets))
+        failed = float(sum(bool(s.failure) for row in found for s in row))
+        return Shaped(shaped, {**demographics(scores, groups, sets), "scores_failed": failed})
 
     def state(self) -> dict[str, Any]:
         return self.rollouts.state()

@@ -159,6 +159,7 @@ class WinRate(Step):
             "results": {"win rate": accuracy(wins)},
             "tokens_per_second": None,
             "size_bytes": None,
+            "prompts_too_long": max(mine.too_long, theirs.too_long),
             **judged(verdicts),
         }
 

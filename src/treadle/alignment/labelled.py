@@ -9,8 +9,15 @@ import torch
 from pydantic import Field
 
 from treadle.alignment.preferences import Pairs
-from treadle.alignment.reference import InitialModel
-from treadle.alignment.trees import Tree, TreeStream, answer_tree, assemble_trees, extended
+from treadle.alignment.reference import InitialModel, reference_of
+from treadle.alignment.trees import (
+    Tree,
+    TreeStream,
+    answer_tree,
+    assemble_trees,
+    extended,
+    says_something,
+)
 from treadle.core.config import Config
 from treadle.core.errors import TreadleError
 from treadle.data.formats import Format
@@ -86,7 +93,7 @@ class JudgementStream(TreeStream):
         self.config = config
         count, per_step, tokens = config.answers.count(), config.per_step, config.tokens
         super().__init__(env, count=count, per_step=per_step, tokens=tokens, what="answer")
-        self.reference = InitialModel()(env, self.kept, self.tree, tokens)
+        self.reference = reference_of(self, InitialModel())
 
     def tree(self, index: int) -> Tree:
         judged = self.config.answers.answer(index)
@@ -94,15 +101,17 @@ class JudgementStream(TreeStream):
         return answer_tree(self.env, judged.prompt, answers, self.config.longest)
 
     def _other(self, index: int, judged: Labelled) -> Messages:
-        """The next answer to a different prompt (of pairs taken apart, neighbours share one)."""
+        """The next answer to a different prompt (of pairs taken apart, neighbours share one) that
+        says something."""
         count = self.config.answers.count()
         for step in range(1, count):
             other = self.config.answers.answer((index + step) % count)
-            if other.prompt != judged.prompt:
+            if other.prompt != judged.prompt and says_something(other.completion):
                 return other.completion
         raise TreadleError("no answer is to another prompt: KTO compares with one")
 
     def batch(self, trees: list[Tree], places: list[int]) -> LabelledBatch:
+        assert self.reference is not None
         good = [self.config.answers.answer(self.kept[i]).good for i in places]
         return extended(
             LabelledBatch,

@@ -176,8 +176,10 @@ def _handler(desk: Desk) -> type[BaseHTTPRequestHandler]:
             except (ValueError, KeyError, TypeError) as error:
                 self._json(400, {"error": str(error)})
                 return
-            self._json(200, asdict(desk.shown()))
-            desk.look()
+            try:
+                self._json(200, asdict(desk.shown()))
+            finally:  # whoever left before the reply has said it all the same
+                desk.look()
 
         def _body(self) -> bytes:
             """Raises ValueError where it has no sound length."""

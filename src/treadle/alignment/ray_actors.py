@@ -9,6 +9,7 @@ weights and the dead one's requests. Moritz et al. 2018, Ray, arXiv:1712.05889.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -163,7 +164,7 @@ def _ray(config: RayActors) -> Any:
         raise TreadleError("RayActors needs Ray: pip install 'treadle[ray]'") from None
     if not ray.is_initialized():
         ray.init(
-            num_cpus=max(1, round(config.workers * config.cores)),
+            num_cpus=max(1, math.ceil(config.workers * config.cores)),
             include_dashboard=False,
             log_to_driver=False,
         )

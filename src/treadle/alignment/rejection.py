@@ -109,8 +109,11 @@ def accepted_texts(group: Group, threshold: float) -> list[str]:
     """Texts of a group that ended by themselves and reached the threshold, in order."""
     return [
         completion.text.strip()
-        for completion, reward in zip(group.completions, group.rewards, strict=True)
-        if reward >= threshold and completion.finish == "stop" and completion.text.strip()
+        for completion, scored in zip(group.completions, group.scores, strict=True)
+        if not scored.failure
+        and scored.value >= threshold
+        and completion.finish == "stop"
+        and completion.text.strip()
     ]
 
 

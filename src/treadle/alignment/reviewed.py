@@ -135,8 +135,9 @@ class ReviewedStream(Stream):
         if not self.waiting:
             raise TreadleError(
                 f"{REDRAWS} rounds of {self.config.rollouts.prompts} problems gave only right or "
-                "only wrong answers, so there is nothing to tell apart: choose harder or easier "
-                "problems, raise the temperature, or set balance=false"
+                "only wrong answers, so there is nothing to tell apart, or lessons longer than the "
+                "context: choose harder, easier or shorter problems, raise the temperature, or set "
+                "balance=false"
             )
         taken = self.waiting[: self.config.per_step]
         self.waiting = self.waiting[len(taken) :]
@@ -149,22 +150,30 @@ class ReviewedStream(Stream):
         found: dict[bool, dict[tuple[int, str], tuple[Chat, ...]]] = {True: {}, False: {}}
         rewards = []
         for number, group in enumerate(self.rollouts.roll()):
-            for completion, reward in zip(group.completions, group.rewards, strict=True):
-                rewards.append(reward)
-                right = reward >= self.config.threshold
-                if completion.text.strip():
+            for completion, scored in zip(group.completions, group.scores, strict=True):
+                rewards.append(scored.value)
+                right = scored.value >= self.config.threshold
+                if completion.text.strip() and not scored.failure:
                     chats = self.config.lesson(group.problem, completion.text, right=right)
                     found[right][number, completion.text] = chats
         rows = [list(found[right].values()) for right in (True, False)]
         if self.config.balance:
             rows = [row[: min(map(len, rows))] for row in rows]
+        lessons = [
+            self._encoded(chat)
+            for pair in zip_longest(*rows, fillvalue=())
+            for chats in pair
+            for chat in chats
+        ]
+        context = self.env.model.config.context
+        fitting = [(ids, mask) for ids, mask in lessons if len(ids) <= context]
+        self.waiting += fitting
         self.metrics = {
             "reward": sum(rewards) / len(rewards),
             "right_answers": float(len(rows[0])),
             "wrong_answers": float(len(rows[1])),
+            "lessons_too_long": float(len(lessons) - len(fitting)),
         }
-        for pair in zip_longest(*rows, fillvalue=()):
-            self.waiting += [self._encoded(chat) for lessons in pair for chat in lessons]
 
     def _encoded(self, chat: Chat) -> tuple[list[int], list[bool]]:
         messages = [m.plain() for m in chat.messages]

@@ -1,8 +1,9 @@
 """Running code that a model wrote: limits on time, memory and output, no network, no files.
 
-With bubblewrap (Linux) the code sees a read-only Python and an empty, private folder, and no
-network exists for it. Without, only resource limits hold it: it could read the user's files and
-use the network. `Outcome.isolation` says which it was.
+With bubblewrap (Linux) the code sees a read-only Python and an empty, private folder that ends with
+it, and no network exists for it. Without, only resource limits hold it: it could read the user's
+files, fill the disk and use the network. `Outcome.isolation` says which it was. The limit on
+memory is that of a process; in bubblewrap their number is limited too, but never for root.
 """
 
 from __future__ import annotations
@@ -17,17 +18,19 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 from treadle.core.errors import TreadleError
 
 Isolation = Literal["bubblewrap", "rlimits"]
 OUTPUT = 2**20
 """Bytes that a program may write to a file or to its output."""
+FILES = 2**24
+"""Bytes of all its files in one of the folders that it may write to, in bubblewrap."""
+PROCESSES = 64
 LIMITS = """\
 import resource
-limits = {{"CPU": {cpu}, "AS": {memory}, "FSIZE": {output}, "CORE": 0}}
-for name, value in limits.items():
+for name, value in {limits!r}.items():
     resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
 with open("main.py", encoding="utf-8") as file:
     program = compile(file.read(), "main.py", "exec")
@@ -41,7 +44,7 @@ class Outcome:
     """How a program ended."""
 
     code: int
-    """Its exit status; negative: the signal that killed it."""
+    """Its exit status. Killed by signal n: -n, in bubblewrap 128 + n."""
     stdout: str
     stderr: str
     timed_out: bool
@@ -58,19 +61,20 @@ def run_python(
     """
     if os.name != "posix":
         raise TreadleError("running a model's code needs Linux or macOS: nothing would limit it")
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "main.py").write_text(source, encoding="utf-8")
-        isolation: Isolation = "bubblewrap" if bubblewrap_works() else "rlimits"
-        limits = LIMITS.format(cpu=int(seconds) + 1, memory=megabytes * 2**20, output=OUTPUT)
-        command = [os.path.realpath(sys.executable), "-I", "-S", "-c", limits]
-        if isolation == "bubblewrap":
-            command = [*_bubblewrap(folder), *command]
-        with (
-            open(Path(folder, ".out"), "w+b") as out,  # files, so that limits on them hold
-            open(Path(folder, ".err"), "w+b") as err,
-        ):
+    isolation: Isolation = "bubblewrap" if bubblewrap_works() else "rlimits"
+    limits = {"CPU": int(seconds) + 1, "AS": megabytes * 2**20, "FSIZE": OUTPUT, "CORE": 0}
+    if isolation == "bubblewrap":
+        limits["NPROC"] = PROCESSES
+    command = [os.path.realpath(sys.executable), "-I", "-S", "-c", LIMITS.format(limits=limits)]
+    folder = tempfile.mkdtemp()
+    # The output goes to files, so that limits on them hold, which have no name that the program
+    # could put something else in the place of.
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        try:
+            # What is no text stays none: the program then fails by itself.
+            Path(folder, "main.py").write_text(source, "utf-8", "surrogatepass")
             process = subprocess.Popen(
-                command,
+                [*_bubblewrap(folder), *command] if isolation == "bubblewrap" else command,
                 cwd=folder,
                 stdin=subprocess.PIPE,
                 stdout=out,
@@ -80,20 +84,15 @@ def run_python(
             )
             timed_out = False
             try:
-                process.communicate(stdin.encode(), timeout=seconds)
+                process.communicate(stdin.encode("utf-8", "surrogatepass"), timeout=seconds)
             except subprocess.TimeoutExpired:
                 timed_out = True
-            except BrokenPipeError:  # it ended without reading its input
-                process.wait(timeout=seconds)
             finally:
                 _end(process)
-            return Outcome(
-                code=process.returncode,
-                stdout=_read(out.name),
-                stderr=_read(err.name),
-                timed_out=timed_out,
-                isolation=isolation,
-            )
+        finally:
+            # Unlike shutil.rmtree, it knows folders that are nested without end.
+            subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL, check=False)
+        return Outcome(process.returncode, _read(out), _read(err), timed_out, isolation)
 
 
 @cache
@@ -102,6 +101,7 @@ def bubblewrap_works() -> bool:
     if shutil.which("bwrap") is None:
         return False
     with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "main.py").touch()
         probe = subprocess.run(
             [*_bubblewrap(folder), "/bin/true"], capture_output=True, timeout=20, check=False
         )
@@ -112,8 +112,10 @@ def _bubblewrap(folder: str) -> list[str]:
     prefix = os.path.realpath(sys.base_prefix)
     shown = [p for p in ("/usr", "/lib", "/lib64", "/bin", prefix) if os.path.exists(p)]
     binds = [word for path in dict.fromkeys(shown) for word in ("--ro-bind", path, path)]
-    private = ["--tmpfs", "/tmp", "--bind", folder, "/box", "--chdir", "/box"]
-    return ["bwrap", "--unshare-all", "--die-with-parent", *binds, "--proc", "/proc", *private]
+    private = [w for path in ("/tmp", "/box") for w in ("--size", str(FILES), "--tmpfs", path)]
+    program = ["--ro-bind", os.path.join(folder, "main.py"), "/box/main.py"]
+    rest = ["--proc", "/proc", "--remount-ro", "/", "--chdir", "/box"]
+    return ["bwrap", "--unshare-all", "--die-with-parent", *binds, *private, *program, *rest]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -123,5 +125,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _read(path: str) -> str:
-    return Path(path).read_bytes()[:OUTPUT].decode("utf-8", "replace")
+def _read(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read(OUTPUT).decode("utf-8", "replace")

@@ -46,17 +46,21 @@ def score(
             else:
                 parts = {}
                 value = reward(problem, text) if reward else problems.score(problem, text)
-    except (TreadleError, KeyboardInterrupt):
+            # Some ways to weigh rewards, such as the least of them, would hide one that is none.
+            for name, number in (*parts.items(), ("", value)):
+                if not math.isfinite(number):
+                    which = f"the reward `{name}`" if name else "the reward"
+                    return Scored(0.0, failure=f"{which} was {number}")
+    except TreadleError:
         raise
-    except Exception as error:  # a verifier may fail in any way
+    except (Exception, OvertimeError) as error:  # a verifier may fail in any way
         return Scored(0.0, failure=f"{type(error).__name__}: {error}"[:200])
-    if not math.isfinite(value):
-        return Scored(0.0, failure=f"the reward was {value}")
     return Scored(value, parts)
 
 
-class OvertimeError(Exception):
-    """A verifier took too long."""
+class OvertimeError(BaseException):
+    """A verifier took too long. Like `KeyboardInterrupt` it is no `Exception`: a verifier that goes
+    on whatever happens would go on for ever."""
 
 
 @contextmanager

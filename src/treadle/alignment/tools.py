@@ -191,7 +191,7 @@ class ToolPlay(Play):
                 results.append(self._call(call)[:LONGEST])
             except TreadleError:
                 raise
-            except Exception as error:  # a tool may fail in any way
+            except (Exception, OvertimeError) as error:  # a tool may fail in any way
                 told = f"{type(error).__name__}: {error}"[:LONGEST]
                 results.append(f"error: {told}")
                 failure = f"tool `{call['name']}`: {told}"

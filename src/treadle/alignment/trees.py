@@ -40,7 +40,7 @@ def answer_tree(env: Env, prompt: Messages, answers: Sequence[Messages], longest
         )
     children = []
     for answer in answers:
-        if not any(m.content.strip() or m.extra for m in answer):
+        if not says_something(answer):
             raise TreadleError("an answer is empty")
         chat = [*messages, *(m.plain() for m in answer)]
         tokens = encode_chat(env.tokenizer, chat, turns=LastTurn())
@@ -50,6 +50,11 @@ def answer_tree(env: Env, prompt: Messages, answers: Sequence[Messages], longest
             raise TreadleError("an answer has no turn of the assistant's")
         children.append(Piece(ids, [True] * len(ids), parent=0))
     return [Piece(root, [False] * len(root)), *children]
+
+
+def says_something(answer: Messages) -> bool:
+    """Whether an answer holds a word, or a call of a tool."""
+    return any(m.content.strip() or m.extra for m in answer)
 
 
 def assemble_trees(trees: Sequence[Sequence[Piece]]) -> Batch:
@@ -110,6 +115,14 @@ class TreeStream(Stream):
     @abstractmethod
     def batch(self, trees: list[Tree], places: list[int]) -> Batch:
         """A micro-batch of trees, given their places among those kept."""
+
+    def coming(self) -> list[int]:
+        """Places, among the trees kept, of those that the run's steps take; all if it is not known
+        how many steps there are."""
+        steps, size = self.env.steps, len(self.kept)
+        if steps is None or steps * self.per_step >= size:
+            return list(range(size))
+        return sorted(self.order.take(Place(), steps * self.per_step))
 
     def __next__(self) -> Work:
         mine = self.order.take(self.place, self.per_step, rank=self.env.rank, world=self.env.world)

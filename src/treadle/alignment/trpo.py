@@ -143,11 +143,10 @@ def fisher_product(
             ahead = logprobs(model, batch)
             place(parameters, here - eps * v)
             # The derivative of log p is that of the logits less its mean under p, and
-            # diag(p) - p p' takes such means away anyway.
+            # diag(p) - p p' takes such means away, here by the softmax of the backward pass.
             jv = (ahead - logprobs(model, batch)) / (2 * eps)
             place(parameters, here)
-            p = logp.exp()
-            u = p * (jv - (p * jv).sum(-1, keepdim=True)) * batch.weights[:, None]
+            u = logp.exp() * jv * batch.weights[:, None]
         product = torch.autograd.grad((logprobs(model, batch) * u).sum(), parameters)
         total += parameters_to_vector(product)
         weight += float(batch.weights.sum())

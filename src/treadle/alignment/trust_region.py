@@ -71,7 +71,6 @@ class TRPO(Training):
             parts={"random": RandomState()},
             config=to_yaml(self),
         )
-        model.train()
         repeat(
             partial(self._step, model, stream),
             steps=self.steps,
@@ -92,6 +91,7 @@ class TRPO(Training):
     def _step(self, model: nn.Module, stream: Stream, step: int) -> StepReport:
         started = time.monotonic()
         work = next(stream)
+        model.eval()  # dropout would be taken for a change of the policy
         taken = trust_region_step(model, work.batches, self.bounds())  # type: ignore[arg-type]
         return StepReport(
             step=step,

@@ -5,6 +5,7 @@ A strategy gets all questions at once, so that the engine computes them together
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -95,6 +96,7 @@ class Strategy(Config):
 
 
 THINK, END_THINK = "<think>", "</think>"
+_THOUGHT = re.compile(f"{THINK}.*?(?:{END_THINK}\n*|\\Z)", re.DOTALL)
 
 
 def visible(text: str) -> str:
@@ -103,12 +105,8 @@ def visible(text: str) -> str:
     What follows an opening tag that never closes is private; what precedes a closing tag without
     an opening one is too, since templates may write the opening tag themselves.
     """
-    before, opened, rest = text.partition(THINK)
-    if opened:
-        _, closed, after = rest.partition(END_THINK)
-        return before + (visible(after.lstrip("\n")) if closed else "")
-    _, closed, after = text.partition(END_THINK)
-    return after.lstrip("\n") if closed else text
+    _, closed, after = _THOUGHT.sub("", text).rpartition(END_THINK)
+    return after.lstrip("\n") if closed else after
 
 
 def private(text: str) -> str:

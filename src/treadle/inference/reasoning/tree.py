@@ -19,7 +19,7 @@ from pydantic import Field
 
 from treadle.core.cards import Card
 from treadle.core.config import Config
-from treadle.inference.reasoning.strategy import Ask, Strategy, Thinker, Thought, Turns
+from treadle.inference.reasoning.strategy import Ask, Strategy, Thinker, Thought, Turns, visible
 from treadle.inference.sampling import Sampling
 
 CARD = Card(
@@ -271,4 +271,4 @@ class LineSpace(Space):
         return self.config.valuation(self.thinker, self.ask, states, known) if states else []
 
     def final(self, state: str) -> bool:
-        return bool(state) and self.thinker.extract(state) is not None
+        return bool(state) and self.thinker.extract(visible(state)) is not None

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 
 from treadle.core.cards import Card
+from treadle.core.errors import TreadleError
 from treadle.inference.reasoning.strategy import Ask, Thinker, Turns, visible
 from treadle.inference.reasoning.votes import Preferred
 from treadle.inference.request import Completion
@@ -38,9 +39,14 @@ class ByVerdict(Preferred):
     def __call__(
         self, thinker: Thinker, ask: Ask, texts: Sequence[str], paths: Sequence[Completion]
     ) -> list[float]:
+        """Raises TreadleError where both words begin with the same token."""
         asks = [Ask(ask.question, self._talk(ask.turns, text)) for text in texts]
         encode = thinker.engine.tokenizer.encode
         yes, no = (encode(word, parse_special=False)[0] for word in (YES, NO))
+        if yes == no:
+            raise TreadleError(
+                f"ByVerdict: the tokenizer begins `{YES}` and `{NO}` alike: choose BySureness"
+            )
         bias = ((yes, FAVOUR), (no, FAVOUR))
         sampling = Sampling(temperature=0.0, max_tokens=1, top_logprobs=2, logit_bias=bias)
         scores = []
