@@ -36,6 +36,8 @@ EASIEST_FIRST = tuple(sorted(range(20), key=lambda i: (7 * i) % 20))
         (StaircasePace(start=0.1, every=3, grow=2.0), {0: 0.1, 2: 0.1, 3: 0.2, 6: 0.4, 12: 1.0}),
         (StaircasePace(start=0.1, every=1, grow=2.0), {3: 0.8, 4: 1.0, 10**5: 1.0}),
         (StaircasePace(start=1.0, every=1), {0: 1.0, 10**5: 1.0}),
+        (LinearPace(start=0.2, steps=1), {0: 0.2, 1: 1.0}),
+        (RootPace(start=0.6, steps=1), {0: 0.6, 1: 1.0}),
     ],
 )
 def test_paces_by_hand(pace: Pacing, expected: dict[int, float]) -> None:
@@ -57,6 +59,11 @@ def test_draws_are_from_the_easiest() -> None:
             for i in range(200)
         }
         assert drawn == set(EASIEST_FIRST[:open_])
+
+
+def test_one_conversation_has_an_order_too() -> None:
+    alone = Paced(conversations=NUMBERED, order=(7,), pacing=LinearPace(steps=3))
+    assert [alone.conversation(i) for i in range(5)] == [NUMBERED.conversation(7)] * 5
 
 
 def test_the_source_orders_by_difficulty_and_resumes(tmp_path: Path) -> None:
