@@ -20,7 +20,9 @@ from treadle.data.curriculum import (
     RootPace,
     StaircasePace,
 )
+from treadle.data.records import Chat, user
 from treadle.data.supervised import Supervised, piece_of
+from treadle.peft.lora import LoRA
 
 NUMBERED = Numbered(word="loom", amount=20)
 EASIEST_FIRST = tuple(sorted(range(20), key=lambda i: (7 * i) % 20))
@@ -34,6 +36,8 @@ EASIEST_FIRST = tuple(sorted(range(20), key=lambda i: (7 * i) % 20))
         (StaircasePace(start=0.1, every=3, grow=2.0), {0: 0.1, 2: 0.1, 3: 0.2, 6: 0.4, 12: 1.0}),
         (StaircasePace(start=0.1, every=1, grow=2.0), {3: 0.8, 4: 1.0, 10**5: 1.0}),
         (StaircasePace(start=1.0, every=1), {0: 1.0, 10**5: 1.0}),
+        (LinearPace(start=0.2, steps=1), {0: 0.2, 1: 1.0}),
+        (RootPace(start=0.6, steps=1), {0: 0.6, 1: 1.0}),
     ],
 )
 def test_paces_by_hand(pace: Pacing, expected: dict[int, float]) -> None:
@@ -55,6 +59,11 @@ def test_draws_are_from_the_easiest() -> None:
             for i in range(200)
         }
         assert drawn == set(EASIEST_FIRST[:open_])
+
+
+def test_one_conversation_has_an_order_too() -> None:
+    alone = Paced(conversations=NUMBERED, order=(7,), pacing=LinearPace(steps=3))
+    assert [alone.conversation(i) for i in range(5)] == [NUMBERED.conversation(7)] * 5
 
 
 def test_the_source_orders_by_difficulty_and_resumes(tmp_path: Path) -> None:
@@ -92,6 +101,33 @@ def test_difficulty(tmp_path: Path) -> None:
         expected = F.cross_entropy(logits[learned], tokens[1:][learned])
         assert loss == pytest.approx(float(expected.detach()), rel=1e-4)
     assert len(set(losses)) > 10
+
+
+def test_dropout_makes_nothing_harder(tmp_path: Path) -> None:
+    env = chat_env(tmp_path)
+    model = LoRA(rank=2, dropout=0.5)(env.model).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    source = Supervised(conversations=NUMBERED)
+    assert ModelLoss()(source, 20, env) == ModelLoss()(source, 20, env)
+    assert model.training
+
+
+def test_what_has_no_answer_comes_last(tmp_path: Path) -> None:
+    """Prompts longer than what is read: nothing of their answers is left."""
+
+    class Wordy(Numbered):
+        """Every third prompt is long."""
+
+        def conversation(self, index: int) -> Chat:
+            chat = super().conversation(index)
+            return Chat((user("warp " * 60), chat.messages[1])) if index % 3 == 0 else chat
+
+    source = Supervised(conversations=Wordy(word="loom", amount=6), longest=40)
+    losses = ModelLoss()(source, 6, chat_env(tmp_path))
+    assert [i for i, loss in enumerate(losses) if loss == float("inf")] == [0, 3]
 
 
 def test_the_order_is_kept_when_the_model_has_learned(tmp_path: Path) -> None:

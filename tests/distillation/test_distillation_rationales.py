@@ -17,6 +17,7 @@ from treadle.data.source import Env
 from treadle.distillation import rationales
 from treadle.distillation.rationales import FILE, Rationales, StepByStep
 from treadle.inference.request import Completion
+from treadle.inference.sampling import Sampling
 from treadle.models.source import ModelSource, Opened
 from treadle.objectives.causal import CausalLM
 from treadle.tokenizers.chat import encode_chat
@@ -110,6 +111,14 @@ def test_teacher_that_solves_nothing_is_refused(monkeypatch, tmp_path: Path) -> 
     for text in ("Answer: 99", "no mark"):
         with pytest.raises(TreadleError, match="accepted none of 3 answers"):
             asked(monkeypatch, tmp_path, lambda i, attempt, text=text: text)
+
+
+def test_the_same_answer_is_not_asked_for_twice(tmp_path: Path) -> None:
+    step = Rationales(teacher=Silence(), problems=PlusOne(), tries=3)
+    with pytest.raises(TreadleError, match="3 tries at temperature 0 are one answer"):
+        step.check(workspace(tmp_path))
+    step.replace(sampling=Sampling(temperature=0.5)).check(workspace(tmp_path))
+    step.replace(tries=1).check(workspace(tmp_path))
 
 
 @pytest.mark.parametrize("rationale", [0.0, 0.3, 1.0])

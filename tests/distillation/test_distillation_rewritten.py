@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tiny_teachers import Lines, TinyTeacher, env, workspace
 from treadle.core.errors import TreadleError
 from treadle.data.batch import Piece, assemble
 from treadle.data.corpus import TextCorpus
+from treadle.data.source import Env, Source, Stream, Work
 from treadle.distillation.rewritten import ByStudent, ByTeacher, Rewritten, Writer, sequences
 from treadle.distillation.taught import Live, Taught
 from treadle.inference.sampling import Sampling
@@ -107,6 +109,42 @@ def test_resumed_writes_the_same(tmp_path: Path) -> None:
     again.restore(state)
     for a, b in zip(expected.batches, next(again).batches, strict=True):
         assert torch.equal(a.tokens, b.tokens)
+
+
+def test_weights_and_tasks_of_the_source_stay(tmp_path: Path) -> None:
+    """Each half of a batch weighs its own; so do its tokens when they are written anew."""
+
+    class Weighed(Stream):
+        """Two texts of task 3: the first counts a quarter, the second its tokens unlike."""
+
+        def __next__(self) -> Work:
+            batch = assemble(
+                [Piece([5, 6, 7], [False, True, True]), Piece([8, 9, 7], [False, True, True])]
+            )
+            weights = torch.tensor([0.25, 0.25, 1.0, 3.0])
+            return Work((dataclasses.replace(batch, weights=weights, task=3),), {})
+
+        def state(self):
+            return {}
+
+        def restore(self, state) -> None: ...
+
+    class Heavy(Source):
+        """Of unequal texts."""
+
+        def open(self, env: Env) -> Stream:
+            return Weighed()
+
+    given = env(tmp_path)
+    config = Rewritten(source=Heavy(), prompt=1, sampling=GREEDY, share=1.0)
+    (batch,) = next(config.open(given)).batches
+    assert batch.task == 3
+    firsts = batch.sequences == 0
+    assert set(batch.weights[firsts].tolist()) == {0.25}
+    assert set(batch.weights[~firsts].tolist()) == {2.0}
+    assert len(batch.weights) > 4
+    (kept,) = next(config.replace(least_logprob=0.0).open(given)).batches
+    assert kept.weights.tolist() == [0.25, 0.25, 1.0, 3.0]
 
 
 def test_sequences_of_a_tree() -> None:

@@ -103,6 +103,19 @@ def test_cache_holds_the_teachers_likeliest_tokens_for_all_epochs(tmp_path: Path
             assert torch.equal(x.top_logprobs, y.top_logprobs)
 
 
+def test_the_least_that_a_teacher_can_give(tmp_path: Path) -> None:
+    """Its likeliest token alone, and what its first layer attends with."""
+    teacher = TinyTeacher().open(workspace(tmp_path)).model
+    (work,) = works(Cached(k=1), tmp_path, 1)
+    for batch in work.batches:
+        hidden = teacher(batch.tokens, batch.context())[batch.sources]
+        assert batch.top_tokens[:, 0].tolist() == teacher.logits(hidden).argmax(-1).tolist()
+    (work,) = works(Live(attention=0), tmp_path, 1)
+    for batch in work.batches:
+        seen = observe(teacher, batch, attention=(0,)).attention[0]
+        torch.testing.assert_close(batch.teacher_v, seen.v)
+
+
 def test_interrupted_cache_goes_on(tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()

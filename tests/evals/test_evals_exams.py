@@ -19,7 +19,7 @@ from treadle.data.problems import Problems
 from treadle.data.records import Problem, Text, user
 from treadle.evals.evaluate import Evaluate, Exam, Reading, perplexity
 from treadle.inference.sampling import Sampling
-from treadle.models.source import ModelSource, Opened
+from treadle.models.source import Fresh, ModelSource, Opened
 from treadle.train.precision import FP32
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}:"
@@ -130,6 +130,20 @@ def test_readings_and_their_mistakes(tmp_path: Path) -> None:
         run(tmp_path / "b", readings=(reading.replace(context=129),))
     with pytest.raises(TreadleError, match="`prose`: its documents hold out no text"):
         run(tmp_path / "c", readings=(reading.replace(documents=Shelf(texts=())),))
+
+
+def test_windows_are_held_against_the_outline_before_anything_runs(tmp_path: Path) -> None:
+    decoder = tiny_model(context=64).config
+    step = Evaluate(
+        name="measure",
+        subject="base",
+        model=Fresh(decoder=decoder, step="tokenizer"),
+        readings=(Reading(name="prose", documents=Shelf(), context=65),),
+    )
+    nowhere = Workspace(tmp_path, tmp_path, Pipeline(name="p", steps=()))
+    with pytest.raises(TreadleError, match=r"windows of 65 tokens .* context of 64"):
+        step.check(nowhere)
+    step.replace(readings=(step.readings[0].replace(context=64),)).check(nowhere)
 
 
 def test_names_that_would_hide_each_other(tmp_path: Path) -> None:

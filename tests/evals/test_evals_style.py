@@ -74,6 +74,9 @@ def test_scores_of_style_and_content() -> None:
     assert content.score(problem, "Arr, matey!") == 0.0
     half = Problem((user("?"),), "one two, Three four", "content")
     assert content.score(half, "FOUR and (two)?") == pytest.approx(0.5)
+    assert content.score(half, "\u201cFour\u201d \u2014 [two]\u2026 5") == pytest.approx(0.5)
+    minus = Problem((user("?"),), "-5", "content")
+    assert (content.score(minus, "5"), content.score(minus, "(-5).")) == (0.0, 1.0)
     assert content.score(Problem((user("?"),), "Arr!", "content"), "anything") == 1.0
 
 

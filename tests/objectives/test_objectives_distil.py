@@ -180,6 +180,19 @@ def test_caps_biases_and_temperature_of_both(k: int | None) -> None:
     compare(ours, output.total / output.weight, theirs, expected)
 
 
+def test_a_teacher_that_is_sure_leaves_no_rest() -> None:
+    """What it names sums to more than 1 when it was rounded: no logarithm of less than nothing."""
+    ours, theirs, batch = student(), student().double(), plain()
+    tokens = torch.stack([batch.targets, (batch.targets + 1) % VOCAB], -1)
+    logprobs = torch.tensor([0.0, -9.0]).repeat(len(tokens), 1)
+    batch = given(batch, top_tokens=tokens.int(), top_logprobs=logprobs)
+    output = Distil(terms=(SoftLabels(),))(ours, batch)
+    log_q = logits(theirs).log_softmax(-1).gather(-1, tokens)
+    p = logprobs.double().exp()
+    expected = (p * (p.log() - log_q)).sum() / len(tokens)
+    compare(ours, output.total / output.weight, theirs, expected)
+
+
 def test_mixture_is_the_sum_of_its_terms() -> None:
     ours, theirs, batch = student(), student(), taught_batch()
     output = Distil(terms=(HardLabels(weight=0.3), SoftLabels(weight=0.7)))(ours, batch)

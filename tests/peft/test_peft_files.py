@@ -207,6 +207,20 @@ def test_what_does_not_belong_is_refused(
         load_adapter(model, tmp_path)
     assert not adapted(model)
     assert torch.equal(logits(model), before)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_what_was_there_before_stays(tmp_path: Path) -> None:
+    """A second adapter that does not fit leaves the first one where it is, in training."""
+    save_adapter(perturbed(LoRA(rank=4, targets=("q",))(tiny(seed=1))), tmp_path)
+    model = perturbed(LoRA(rank=2, targets=("up",))(tiny()))
+    before, names = logits(model), set(adapted(model))
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    with pytest.raises(TreadleError, match="trained on another base"):
+        load_adapter(model, tmp_path)
+    assert set(adapted(model)) == names
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
+    assert torch.equal(logits(model), before)
 
 
 def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:

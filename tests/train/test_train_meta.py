@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from train.tiny import VOCAB, documents, tiny_model
 
+from treadle.core.config import to_yaml
 from treadle.core.errors import ConfigError, TreadleError
 from treadle.core.execute import execute
 from treadle.core.pipeline import Pipeline, Workspace, read_manifest
@@ -34,8 +36,8 @@ from treadle.train.meta import (
     Weights,
     adapt,
 )
-from treadle.train.meta_train import LossOf, MetaTrain
-from treadle.train.precision import FP32
+from treadle.train.meta_train import Episodes, LossOf, MetaTrain
+from treadle.train.precision import BF16, FP32
 from treadle.train.rng import seed_everything
 from treadle.train.run import WEIGHTS, Trained
 
@@ -159,6 +161,42 @@ def test_reptile_by_hand() -> None:
     assert found.query_loss == pytest.approx(expected, rel=1e-4)
 
 
+def test_maml_from_weights_that_are_all_zero() -> None:
+    """An added part often begins at nothing; its curvature is none the less there."""
+    torch.manual_seed(0)
+    model = network(5).double()
+    added = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    base = {n: p.detach() for n, p in model.named_parameters()}
+    whole = loss_of(model)
+
+    def loss(weights: Weights, batch: Any) -> Tensor:
+        return whole({n: base[n] + w for n, w in weights.items()}, batch)
+
+    drawn = sine(torch.Generator().manual_seed(1), steps=2)
+    episode = Episode(
+        [tuple(t.double() for t in batch) for batch in drawn.support],
+        tuple(t.double() for t in drawn.query),
+    )
+    found = MAML()(loss, added, [episode], LR).gradients
+    leaves = {n: w.requires_grad_() for n, w in added.items()}
+    expected = torch.autograd.grad(episode_loss(loss, leaves, episode, LR), list(leaves.values()))
+    for ours, theirs in zip(found.values(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_the_step_of_a_difference_goes_with_the_weights(scale: float) -> None:
+    """sum(w^4) in float32, whose curvature is 12 w^2, with small weights and with large ones."""
+    torch.manual_seed(0)
+    u, v = torch.randn(20), torch.randn(20)
+
+    def loss(weights: Weights, batch: Any) -> Tensor:
+        return (weights["w"] / scale).pow(4).sum() * scale**2
+
+    found = MAML().hessian_product(loss, {"w": scale * u}, None, {"w": v})
+    torch.testing.assert_close(found["w"], 12 * u.square() * v, rtol=0.01, atol=0.01)
+
+
 def joint(loss: Loss, weights: Weights, episodes: list[Episode]) -> dict[str, Tensor]:
     """All tasks learned as one: the baseline that does not know it will be adapted."""
     total = sum(loss(weights, episode.query) for episode in episodes)
@@ -243,6 +281,9 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     env = chat_env(tmp_path)
     with pytest.raises(ConfigError, match=r"an episode takes 6 conversations .* has only 5"):
         step.train(env, here(tmp_path))
+    cut = Supervised(conversations=Numbered(word="loom"), longest=2)
+    with pytest.raises(TreadleError, match="none of 2 conversations has an assistant token within"):
+        step.replace(tasks=(cut, cut)).train(env, here(tmp_path))
     env.model.requires_grad_(False)
     with pytest.raises(ConfigError, match="nothing trains; add a transform such as LoRA"):
         step.train(env, here(tmp_path))
@@ -299,7 +340,53 @@ def test_what_a_step_found_is_opened_again(tmp_path: Path) -> None:
     found_losses = [(line["step"], line["loss"]) for line in map(json.loads, lines)]
     assert found_losses == [(i, pytest.approx(loss)) for i, loss in enumerate(losses, 1)]
     metrics = read_manifest(root / "meta")["metrics"]
+    assert metrics["precision"] == "float32"
     assert metrics["parameters_trained"] == sum(env.model.get_parameter(n).numel() for n in names)
+
+
+def test_an_episode_shows_a_conversation_once(tmp_path: Path) -> None:
+    """Of 12 conversations of one task 3 in each of 3 inner steps, and 3 to be judged by."""
+    env = chat_env(tmp_path)
+    step = MetaTrain(
+        model=Pretrained(name="any"),
+        tasks=tuple(
+            Supervised(conversations=Numbered(word=w, amount=12)) for w in ("warp", "weft")
+        ),
+        optimizer=AdamW(lr=1e-2),
+        shots=3,
+        inner_steps=3,
+        tasks_per_step=1,
+    )
+    episodes, seen = Episodes(step, env), set()
+    for _ in range(6):
+        (episode,) = next(episodes)
+        batches = [*episode.support, episode.query]
+        assert [batch.sequence_count for batch in batches] == [3] * 4
+        text = " ".join(env.tokenizer.decode(batch.tokens.tolist()) for batch in batches)
+        found = re.findall(r"(warp|weft) (\d+)", text)
+        words = {word for word, _ in found}
+        assert len(words) == 1
+        assert sorted(int(number) for _, number in found) == list(range(12))
+        seen |= words
+    assert seen == {"warp", "weft"}
+
+
+def test_what_goes_on_computes_as_it_began(tmp_path: Path) -> None:
+    """The precision that was found best stays, wherever the run goes on."""
+    step = MetaTrain(
+        model=ChatModel(folder=str(tmp_path / "model")),
+        transforms=(LoRA(rank=2),),
+        tasks=tuple(Supervised(conversations=Numbered(word=w)) for w in ("warp", "weft")),
+        optimizer=AdamW(lr=1e-2),
+        shots=1,
+        inner_steps=1,
+        steps=1,
+    )
+    for precision in (BF16(), FP32()):
+        (folder := tmp_path / str(precision.dtype())).mkdir()
+        (folder / "precision.yaml").write_text(to_yaml(precision))
+        metrics = step.execute(Workspace(folder, folder, Pipeline(name="p", steps=())))
+        assert f"torch.{metrics['precision']}" == str(precision.dtype())
 
 
 def test_the_step_trains_what_the_transforms_opened(tmp_path: Path) -> None:

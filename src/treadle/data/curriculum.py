@@ -104,7 +104,7 @@ class AnswerLength(Difficulty):
 
 
 class ModelLoss(Difficulty):
-    """Mean loss of the learned tokens under the model as the run finds it."""
+    """Mean loss of the learned tokens under the model as the run finds it, without dropout."""
 
     @torch.no_grad()
     def __call__(self, source: Supervised, count: int, env: Env) -> list[float]:
@@ -112,7 +112,8 @@ class ModelLoss(Difficulty):
         pieces = [piece_of(chat, source, env.tokenizer) for chat in chats]
         learned = [i for i, piece in enumerate(pieces) if any(piece.learn)]
         losses = [math.inf] * count  # what has nothing to learn comes last
-        model = env.model
+        model, training = env.model, env.model.training
+        model.eval()
         rule = HeadRule(softcap=model.config.softcap)
         for run in within_budget([len(pieces[i].tokens) for i in learned], source.tokens):
             places = [learned[i] for i in run]
@@ -129,6 +130,7 @@ class ModelLoss(Difficulty):
             means = -batch.per_sequence(logp) / batch.per_sequence(batch.weights)
             for place, mean in zip(places, means.tolist(), strict=True):
                 losses[place] = mean
+        model.train(training)
         return losses
 
 

@@ -25,7 +25,7 @@ import torch
 from pydantic import Field
 
 from treadle.core.cards import Card
-from treadle.core.errors import FileFormatError, TreadleError
+from treadle.core.errors import ConfigError, FileFormatError, TreadleError
 from treadle.core.files import write_text
 from treadle.core.pipeline import Reads, Step, Workspace
 from treadle.data.batch import Batch, Piece, assemble, within_budget
@@ -63,6 +63,13 @@ class Rationales(Step):
     """Answers to a problem, until one is accepted."""
     sampling: Sampling = Sampling(temperature=0.0, max_tokens=128)
     precision: Precision = Auto()
+
+    def check(self, workspace: Workspace) -> None:
+        if self.tries > 1 and self.sampling.temperature == 0.0:
+            raise ConfigError(
+                f"{self.tries} tries at temperature 0 are one answer, given {self.tries} times: "
+                "raise `sampling.temperature`, or let `tries` be 1"
+            )
 
     def execute(self, workspace: Workspace) -> Mapping[str, Any]:
         opened = self.teacher.open(workspace)

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from pydantic import Field
 
 from treadle.core.cards import Card
@@ -121,6 +122,8 @@ class Written:
 
     tokens: tuple[int, ...]
     learn: tuple[bool, ...]
+    weights: tuple[float, ...]
+    """Of its predictions."""
 
     def prompt(self, shortest: int) -> tuple[int, ...]:
         """What is before its first prediction, and at least so many tokens."""
@@ -138,6 +141,7 @@ class RewrittenStream(Stream):
         work = next(self.inner)
         rng = np.random.default_rng([self.env.seed, self.env.rank, self.step])
         parts = [sequences(batch) for batch in work.batches]
+        tasks = [batch.task for batch in work.batches]
         chosen = [[s for s in part if rng.random() < self.config.share] for part in parts]
         prompts = [s.prompt(self.config.prompt) for part in chosen for s in part]
         seed = int(rng.integers(1 << 31))
@@ -150,7 +154,10 @@ class RewrittenStream(Stream):
         )
         used = {i: c for i, c in written.items() if self._good(c)}
         self.step += 1
-        batches = tuple(self._batch(part, used) for part in parts)
+        batches = tuple(
+            replace(self._batch(part, used), task=task)
+            for part, task in zip(parts, tasks, strict=True)
+        )
         lengths = [len(c.tokens) for c in written.values()]
         metrics = {
             "written_tokens": float(np.mean(lengths)) if lengths else 0.0,
@@ -163,16 +170,20 @@ class RewrittenStream(Stream):
         return least is None or float(np.mean(completion.logprobs)) >= least
 
     def _batch(self, part: list[Written], written: Mapping[int, Completion]) -> Batch:
+        """What is written anew weighs, a token, what the text's own tokens did."""
         pieces: list[Piece] = []
+        weights: list[float] = []
         for sequence in part:
             completion = written.get(id(sequence))
             if completion is None:
                 pieces.append(Piece(sequence.tokens, sequence.learn))
+                weights += sequence.weights
                 continue
             prompt = sequence.prompt(self.config.prompt)
             tokens = (*prompt, *completion.tokens)
             pieces.append(Piece(tokens, [i >= len(prompt) for i in range(len(tokens))]))
-        return assemble(pieces)
+            weights += [float(np.mean(sequence.weights))] * len(completion.tokens)
+        return replace(assemble(pieces), weights=torch.tensor(weights))
 
     def state(self) -> dict[str, Any]:
         return {"step": self.step, "inner": self.inner.state()}
@@ -196,6 +207,10 @@ def sequences(batch: Batch) -> list[Written]:
         places = {path.index(sources[i]) + 1: batch.targets[i].item() for i in rows}
         whole = [*(tokens[t] for t in path[:end]), places[end]]
         found.append(
-            Written(tuple(int(t) for t in whole), tuple(i in places for i in range(end + 1)))
+            Written(
+                tuple(int(t) for t in whole),
+                tuple(i in places for i in range(end + 1)),
+                tuple(batch.weights[rows].tolist()),
+            )
         )
     return found

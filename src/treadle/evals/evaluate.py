@@ -89,7 +89,10 @@ class Evaluate(Step):
             raise ConfigError(
                 f"two results would be called `{min(twice)}`: give one another `name`"
             )
-        outlined(self.model, self.transforms, workspace)
+        model = outlined(self.model, self.transforms, workspace)
+        if model is not None:
+            for reading in self.readings:
+                _require_room(reading, model.config.context)
 
     def execute(self, workspace: Workspace) -> Mapping[str, Any]:
         opened = self.model.open(workspace)
@@ -175,11 +178,7 @@ def perplexity(
     Raises:
         TreadleError: there is next to no text, or its windows are longer than the model reads.
     """
-    if reading.context > (most := model.config.context):
-        raise TreadleError(
-            f"reading `{reading.name}`: windows of {reading.context} tokens are longer than the "
-            f"model's context of {most}: lower `context`"
-        )
+    _require_room(reading, model.config.context)
     windows = windows_of(tokenizer, reading)
     if not windows:
         raise TreadleError(f"reading `{reading.name}`: its documents hold out no text to read")
@@ -200,6 +199,14 @@ def perplexity(
             counts.append(len(window) - 1)
             task.update(number)
     return _perplexity(losses, counts)
+
+
+def _require_room(reading: Reading, context: int) -> None:
+    if reading.context > context:
+        raise TreadleError(
+            f"reading `{reading.name}`: windows of {reading.context} tokens are longer than the "
+            f"model's context of {context}: lower `context`"
+        )
 
 
 def windows_of(tokenizer: Tokenizer, reading: Reading) -> list[list[int]]:

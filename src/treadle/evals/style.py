@@ -27,6 +27,9 @@ from treadle.data.problems import Problems
 from treadle.data.records import Chat, Problem
 from treadle.data.supervised import Conversations
 
+MARKS = ".,;:!?\"'()[]{}*_`" + "\u2018\u2019\u201c\u201d\u2026\u2013\u2014"
+"""What may stand at a word's edge; models write typographic quotes, dots and dashes too."""
+
 
 @dataclass(frozen=True)
 class StyleClassifier:
@@ -113,7 +116,7 @@ class ContentProblems(Problems):
 
 def words(text: str) -> frozenset[str]:
     """The words of a text, small, without marks."""
-    return frozenset(word for part in text.lower().split() if (word := part.strip(".,;:!?\"'()*")))
+    return frozenset(word for part in text.lower().split() if (word := part.strip(MARKS)))
 
 
 @lru_cache(maxsize=4)

@@ -25,9 +25,10 @@ from treadle.core import registry
 from treadle.core.errors import ConfigError, FileFormatError, TreadleError, did_you_mean
 from treadle.core.files import StrPath, atomic_directory, write_json
 from treadle.models.decoder import DecoderModel
+from treadle.models.transform import replace_module
 from treadle.nn.ffn.moe import Experts
 from treadle.nn.linear import weight_of
-from treadle.peft.adapter import Adapter, AdapterLayer, adapted, remove
+from treadle.peft.adapter import Adapter, AdapterLayer, adapted
 from treadle.peft.names import Names, names_of, patterns, select
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -114,6 +115,7 @@ def load_adapter(model: DecoderModel, folder: StrPath) -> DecoderModel:
             [names.ours_by_theirs[name] for name in theirs], names.theirs_by_ours
         )
     config = kind.from_peft(fields, tuple(patterns(parts, names.theirs_by_ours)))
+    there, trained = adapted(model), [p for p in model.parameters() if p.requires_grad]
     config(model)
     try:
         layers = {name: layer for name, layer in adapted(model).items() if name in parts}
@@ -126,7 +128,10 @@ def load_adapter(model: DecoderModel, folder: StrPath) -> DecoderModel:
             values = torch.tensor(probe["values"])
             _check_base(layers[names.ours_by_theirs[probe["module"]]], values, folder)
     except BaseException:
-        remove(model)
+        for name in adapted(model).keys() - there.keys():
+            replace_module(model, name, adapted(model)[name].base)
+        for parameter in trained:
+            parameter.requires_grad_()
         raise
     return model
 

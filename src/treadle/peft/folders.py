@@ -63,15 +63,15 @@ def load_tuned(model: DecoderModel, folder: StrPath) -> DecoderModel:
         ConfigError: a kind of adapter that treadle does not have, or no such task.
         TreadleError: no such folder, or only a pickle.
     """
-    path, hash_, task = str(folder).partition("#")
-    kind = read_config(Path(path)).get("peft_type")
+    path, task = _path_and_task(folder)
+    kind = read_config(path).get("peft_type")
     if kind != multitask_prompt.KIND:
-        if hash_:
+        if task is not None:
             raise ConfigError(f"{folder}: {kind} has no tasks; leave out #{task}")
         return load_prefix(model, path) if kind in KINDS else load_adapter(model, path)
     load_task_prompts(model, path)
     tasks = len(task_table(model).U)
-    if not task.isdecimal():
+    if task is None or not task.isdecimal():
         raise ConfigError(
             f"{folder}: holds the prompts of {tasks} tasks; name one, "
             f"{path}#0 to {path}#{tasks - 1}"
@@ -87,5 +87,11 @@ def rewrites_layers(folder: StrPath) -> bool:
         FileFormatError: its configuration is broken.
         TreadleError: no such folder.
     """
-    kind = read_config(Path(str(folder).partition("#")[0])).get("peft_type")
+    kind = read_config(_path_and_task(folder)[0]).get("peft_type")
     return kind not in (*KINDS, multitask_prompt.KIND)
+
+
+def _path_and_task(folder: StrPath) -> tuple[Path, str | None]:
+    """A folder may have a # in its own name, as in `c#/adapter`."""
+    path, hash_, task = str(folder).rpartition("#")
+    return (Path(path), task) if hash_ and not Path(folder).is_dir() else (Path(folder), None)

@@ -104,7 +104,8 @@ class MAML(MetaMethod):
     """The gradient of what comes out of the inner steps, second order."""
 
     step: float = Field(1e-3, gt=0.0)
-    """Length of the step of a difference, as a share of the length of all weights."""
+    """Length of the step of a difference, as a share of the length of all weights, or of 1 where
+    they all begin at 0."""
 
     def direction(
         self, loss: Loss, path: Sequence[Weights], episode: Episode, lr: float
@@ -119,7 +120,8 @@ class MAML(MetaMethod):
         self, loss: Loss, weights: Weights, batch: Any, v: Weights
     ) -> dict[str, Tensor]:
         """H v of the loss of a batch."""
-        h = self.step * length(weights) / length(v).clamp(min=1e-30)
+        size = length(weights)
+        h = self.step * torch.where(size > 0, size, 1.0) / length(v).clamp(min=1e-30)
         ahead = gradient(loss, {n: w + h * v[n] for n, w in weights.items()}, batch)
         behind = gradient(loss, {n: w - h * v[n] for n, w in weights.items()}, batch)
         return {n: (ahead[n] - behind[n]) / (2 * h) for n in weights}

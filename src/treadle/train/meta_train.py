@@ -29,7 +29,7 @@ from treadle.tokenizers.load import tokenizer_of
 from treadle.train.hooks import StepReport
 from treadle.train.loop import repeat
 from treadle.train.meta import Episode, MetaMethod, Reptile, Weights, length
-from treadle.train.precision import Auto, Precision
+from treadle.train.precision import Auto, Precision, settle
 from treadle.train.rng import RandomState, seed_everything
 from treadle.train.run import WEIGHTS, Training, save_trained
 from treadle.train.state import TrainState
@@ -62,7 +62,8 @@ class MetaTrain(Training):
         seed_everything(self.seed)
         opened = self.model.open(workspace)
         model = transformed(opened.model, self.transforms)
-        precision = self.precision.resolve("cpu")
+        memo, say = workspace.folder / "precision.yaml", workspace.progress.say
+        precision = settle(self.precision, "cpu", memo, say)
         precision.prepare(model)
         env = Env(
             model=model,
@@ -79,6 +80,7 @@ class MetaTrain(Training):
             "steps": self.steps,
             "parameters": sum(p.numel() for p in model.parameters()),
             "parameters_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "precision": str(precision.dtype()).removeprefix("torch."),
         }
 
     def train(self, env: Env, workspace: Workspace) -> None:
@@ -199,9 +201,19 @@ class _Loss(torch.nn.Module):
 
 
 def batch_of(source: Supervised, numbers: Sequence[int], env: Env) -> Batch:
-    """These conversations in one batch."""
+    """These conversations in one batch.
+
+    Raises:
+        TreadleError: there is nothing to learn in any of them.
+    """
     chats = (source.conversations.conversation(i) for i in numbers)
-    return assemble([piece_of(chat, source, env.tokenizer) for chat in chats])
+    batch = assemble([piece_of(chat, source, env.tokenizer) for chat in chats])
+    if not len(batch.targets):
+        raise TreadleError(
+            f"MetaTrain: none of {len(numbers)} conversations has an assistant token within its "
+            f"first {source.longest} tokens: raise `longest`, or shorten the prompts"
+        )
+    return batch
 
 
 def _tokens(episode: Episode) -> int:
