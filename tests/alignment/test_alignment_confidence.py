@@ -70,6 +70,16 @@ def test_the_fit_is_the_minimum() -> None:
         torch.testing.assert_close(few, fit_logistic(x, 0.7), rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_the_fit_does_not_go_to_and_fro(scale: float) -> None:
+    """Nearly separable labels, with hardly a penalty: the gradient vanishes all the same."""
+    g = torch.Generator().manual_seed(6)
+    x = scale * torch.randn(100, 60, generator=g, dtype=torch.float64)
+    w = fit_logistic(x, 0.01)
+    gradient = 0.01 * w - x.T @ torch.sigmoid(-(x @ w))
+    assert float(gradient.abs().max()) < 1e-6
+
+
 def test_features_know_no_dropout(tmp_path: Path) -> None:
     model = transformed(tiny_model(), (LoRA(rank=2, dropout=0.5),))
     with torch.no_grad():
