@@ -103,6 +103,9 @@ class FakeRay:
         self.running = True
         self.begun.append(num_cpus)
 
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": self.begun[-1]} if self.begun else {}
+
     def put(self, value: object) -> object:
         return value
 
@@ -148,6 +151,17 @@ def test_a_cluster_has_room_for_all_workers(
     assert fake.set_aside == [cores] * workers
     Pool(RayActors(workers=workers, cores=cores), env(tmp_path), 4)
     assert fake.begun == [begun], "one that runs is used"
+
+
+def test_workers_that_find_no_core_are_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake, log = faked(monkeypatch), Log()
+    fake.init(num_cpus=2)
+    Pool(RayActors(workers=2), env(tmp_path, log), 4)
+    assert log.lines == []
+    Pool(RayActors(workers=5, cores=0.5), env(tmp_path, log), 4)
+    assert log.lines == ["rollouts: the workers wait for 2.5 cores, but Ray has 2"]
 
 
 def test_shares_are_dealt_out_and_put_back_in_order(
