@@ -98,7 +98,7 @@ def run_python(
 @cache
 def bubblewrap_works() -> bool:
     """Whether bubblewrap is there and may make name spaces (some containers forbid it)."""
-    if shutil.which("bwrap") is not None:
+    if shutil.which("bwrap") is None:
         return False
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "main.py").touch()
