@@ -1,6 +1,6 @@
 """A distillation step: the teacher's likeliest tokens from the disk beside a teacher that runs.
 
-SmolLM2-135M teaches a student of 6 of its 30 layers, 1024 tokens a step.
+SmolLM2-135M teaches a student of some of its 30 layers, 1024 tokens a step.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from pathlib import Path
 
 import race
 
-LAYERS = (0, 6, 12, 18, 24, 29)
 ROWS, WIDTH, STEPS = 8, 128, 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--layers", type=int, default=6, help="that the student keeps")
     parser.add_argument("--k", type=int, default=64, help="tokens that the cache keeps")
 
 
@@ -39,9 +39,10 @@ def steps(kind: str, args: argparse.Namespace) -> Mapping[str, float]:
 
     keep_tensors_apart()  # as `treadle run` does
     source = Pretrained(name="smollm2-135m-instruct")
+    layers = tuple(round(29 * i / (args.layers - 1)) for i in range(args.layers))
     with tempfile.TemporaryDirectory() as folder:
         workspace = Workspace(Path(folder), Path(folder), Pipeline(name="race", steps=()))
-        opened = Thinned(model=source, layers=LAYERS).open(workspace)
+        opened = Thinned(model=source, layers=layers).open(workspace)
         model = opened.model
         env = Env(
             model=model, tokenizer=tokenizer_of(opened), scratch=Path(folder), workspace=workspace
@@ -69,7 +70,7 @@ if __name__ == "__main__":
             "treadle": lambda args: steps("cached", args),
             "live teacher": lambda args: steps("live", args),
         },
-        name=lambda args: f"distil_k{args.k}",
+        name=lambda args: f"distil_{args.layers}_layers_k{args.k}",
         unit="steps a second",
         add_arguments=add_arguments,
     )

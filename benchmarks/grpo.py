@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--completions", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument(
+        "--batch", type=int, default=2048, help="tokens in a micro-batch of treadle"
+    )
     parser.add_argument("--steps", type=int, default=3, help="the first is not counted")
     parser.add_argument("--sampler", choices=["own", "merged", "native"], default="native")
 
@@ -79,6 +82,7 @@ def treadle(args: argparse.Namespace) -> Mapping[str, float]:
         prompts=args.prompts,
         completions=args.completions,
         sampling=Sampling(max_tokens=args.tokens),
+        tokens=args.batch,
     )
     with tempfile.TemporaryDirectory() as folder:
         stream = source.open(
@@ -132,7 +136,8 @@ def trl_grpo(args: argparse.Namespace) -> Mapping[str, float]:
             reward_funcs=letter,
             args=GRPOConfig(
                 output_dir=folder,
-                per_device_train_batch_size=args.prompts * args.completions,
+                per_device_train_batch_size=args.completions,  # all at once need over 16 GiB
+                gradient_accumulation_steps=args.prompts,
                 num_generations=args.completions,
                 max_completion_length=args.tokens,
                 max_steps=args.steps,

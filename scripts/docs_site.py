@@ -26,7 +26,7 @@ from treadle.core.config import Config, dump
 
 PAGES, SITE = ROOT / "build" / "docs", ROOT / "build" / "site"
 GUIDES = {
-    "Guides": ("choose.md", "configuration.md", "serving.md", "caches.md"),
+    "Guides": ("choose.md", "alignment.md", "configuration.md", "serving.md", "caches.md"),
     "Tutorials": ("tutorials/support.md", "tutorials/half-size.md"),
     "Why": ("design.md", "log.md", "CONTRIBUTING.md"),
 }

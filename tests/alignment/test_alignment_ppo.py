@@ -120,6 +120,7 @@ def test_advantages_of_a_lot_are_whitened(tmp_path: Path) -> None:
     assert metrics["beta"] == stream.beta
     tokens = sum(len(e.tokens) for e in stream.lot)
     assert metrics["completion_tokens"] == tokens / len(stream.lot)
+    assert {"solved", "repetition", "cut_off", "length_rewarded"} <= metrics.keys()
 
 
 @pytest.mark.parametrize("target", [1e-3, 1e3])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from tiny_generation import byte_tokenizer, tiny_model
 
 from treadle.alignment.labelled import JudgedFiles, Judgements, Unpaired
 from treadle.alignment.preferences import PairFiles, Preferences
-from treadle.alignment.reference import NoReference
+from treadle.alignment.reference import InitialModel, NoReference, Reference
+from treadle.alignment.trees import Tree
 from treadle.core.errors import TreadleError
 from treadle.data.source import Env, Source
 from treadle.data.split import LeakFreeSplit
@@ -168,6 +171,33 @@ def test_preferences_are_learned_and_the_reference_is_kept(tmp_path: Path) -> No
     kept = (tmp_path / "reference.safetensors").read_bytes()
     source(tmp_path).open(env(tiny_model(seed=5), tmp_path))
     assert (tmp_path / "reference.safetensors").read_bytes() == kept
+
+
+def test_the_reference_is_asked_only_about_what_the_run_comes_to(tmp_path: Path) -> None:
+    """And a run that goes on for longer asks the same model about the rest."""
+    asked: list[int] = []
+
+    class AskedAbout(Reference):
+        def __call__(
+            self, env: Env, numbers: list[int], tree: Callable[[int], Tree], tokens: int
+        ) -> torch.Tensor | None:
+            asked.extend(numbers)
+            return InitialModel()(env, numbers, tree, tokens)
+
+    rows = [{**row, "prompt": f"{row['prompt']} {i}"} for row in PAIRS for i in range(3)]
+    few = source(tmp_path, rows, per_step=2, reference=AskedAbout())
+    whole = env(tiny_model(), tmp_path)
+    (tmp_path / "run").mkdir()
+    full = few.open(whole)
+    assert sorted(asked) == list(range(12))
+    for steps in (1, 3, 99):
+        asked.clear()
+        here = few.open(replace(whole, scratch=tmp_path / "run", steps=steps))
+        assert len(asked) == min(2 * steps, 12)
+        for _ in range(min(steps, 6)):
+            batches = next(here).batches
+            assert all(torch.isfinite(b.reference).all() for b in batches)
+    torch.testing.assert_close(here.reference, full.reference)
 
 
 def test_odds_are_learned_without_reference(tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ EASIEST_FIRST = tuple(sorted(range(20), key=lambda i: (7 * i) % 20))
         (LinearPace(start=0.2, steps=8), {0: 0.2, 2: 0.4, 4: 0.6, 8: 1.0, 9: 1.0}),
         (RootPace(start=0.6, steps=16), {0: 0.6, 7: 0.8, 16: 1.0, 17: 1.0}),
         (StaircasePace(start=0.1, every=3, grow=2.0), {0: 0.1, 2: 0.1, 3: 0.2, 6: 0.4, 12: 1.0}),
+        (StaircasePace(start=0.1, every=1, grow=2.0), {3: 0.8, 4: 1.0, 10**5: 1.0}),
+        (StaircasePace(start=1.0, every=1), {0: 1.0, 10**5: 1.0}),
     ],
 )
 def test_paces_by_hand(pace: Pacing, expected: dict[int, float]) -> None:

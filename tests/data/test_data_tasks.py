@@ -39,6 +39,8 @@ def test_shares_are_those_of_the_formula(tmp_path: Path) -> None:
     assert warm.shares() == pytest.approx((10 / 60, 20 / 60, 30 / 60))
     limited = plain.replace(temperature=2.0, limit=100)
     assert limited.shares() == pytest.approx((1 / 3, 1 / 3, 1 / 3))
+    cold = plain.replace(temperature=0.005)  # 900^200 is more than a float holds
+    assert cold.shares() == pytest.approx((0.0, 0.0, 1.0))
     stream = warm.replace(draws=4).open(chat_env(tmp_path))
     counts: Counter[int] = Counter()
     for _ in range(150):

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_generation import byte_tokenizer, tiny_model
+from tiny_generation import END, byte_tokenizer, tiny_model
 from tiny_teachers import Lines, TinyTeacher, env, workspace
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers, trainers
 
 from treadle.core.errors import TreadleError
 from treadle.core.pipeline import Workspace
@@ -59,6 +61,51 @@ def test_tokens_meet_at_bytes(text: str) -> None:
     back, again = reread(theirs, ours, read)
     assert back == tokens
     assert [again[place] for _, place in met] == [i for i, _ in met]
+
+
+def spaced_tokenizer() -> Tokenizer:
+    """Like Llama 2's: a space is put before a text, so that its first word is like others."""
+    backend = Backend(models.BPE(byte_fallback=True))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    trainer = trainers.BpeTrainer(vocab_size=80, special_tokens=["<unk>"])
+    backend.train_from_iterator((text.text for text in Lines().training()), trainer)
+    return Tokenizer(backend)
+
+
+def test_a_space_before_the_text_moves_nothing() -> None:
+    """What both have read at a pair is the same text; the space apart, which one adds."""
+    ours, theirs = byte_tokenizer(), spaced_tokenizer()
+    tokens = ours.encode("line 3: the number after 3 is 4.")
+    read, places = reread(ours, theirs, tokens)
+    assert theirs.decode_bytes(read) == b" line 3: the number after 3 is 4."
+    met = [(i, place) for i, place in enumerate(places) if place >= 0]
+    assert [place for _, place in met] == list(range(len(read)))
+    for i, place in met[1:]:
+        assert b" " + ours.decode_bytes(tokens[:i]) == theirs.decode_bytes(read[:place])
+
+
+def test_special_tokens_are_read_as_such() -> None:
+    """`<end>` is one token to whoever has it, and letters to others; each side of it meets."""
+    ours, without = byte_tokenizer(), merged_tokenizer()
+    having = merged_tokenizer()
+    having.backend.add_special_tokens(["<end>"])
+    having = Tokenizer(having.backend, special=having.special)
+    tokens = [*ours.encode("the number"), END, END, *ours.encode("after 3")]
+    read, places = reread(ours, having, tokens)
+    end = having.token_id("<end>")
+    assert read.count(end) == 2
+    for i in (10, 11):
+        assert read[places[i]] == end
+    assert having.decode_bytes(read[places[12] :]) == b"after 3"
+    read, places = reread(ours, without, tokens)
+    assert without.decode_bytes(read) == b"the number<end><end>after 3"
+    for i in (10, 11, 12):
+        assert without.decode_bytes(read[: places[i]]) == ours.decode_bytes(tokens[:i])
 
 
 def test_pairs_follow_the_same_text(tmp_path: Path) -> None:

@@ -145,6 +145,17 @@ def test_loss_is_the_papers(rationale: float, budget: int, tmp_path: Path) -> No
     assert weight == pytest.approx(len(ROWS) * (1 + rationale), rel=1e-6)
 
 
+def test_silence_is_no_lesson(tmp_path: Path) -> None:
+    """Of two solutions one has no steps: nobody learns to answer `step by step` with nothing."""
+    rows = [ROWS[0], {**ROWS[1], "steps": ""}]
+    stream, env = opened(tmp_path, rows, per_step=2)
+    (batch,) = next(stream).batches
+    said = env.tokenizer.decode(batch.tokens.tolist())
+    assert said.count("Explain it step by step.") == 1
+    assert said.count("Give only the result.") == 2
+    assert float(batch.weights.sum()) == pytest.approx(3.0)  # one a piece
+
+
 def test_stream_goes_on_where_it_was(tmp_path: Path) -> None:
     stream, _ = opened(tmp_path, ROWS, per_step=3)
     next(stream)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_generation import tiny_model
+from tiny_generation import byte_tokenizer, tiny_model
 from tiny_teachers import OPENED, Lines, TinyTeacher, env, workspace
 
 from treadle.core.errors import ConfigError, FileFormatError, TreadleError
@@ -160,6 +161,7 @@ def test_thinned_keeps_the_chosen_blocks(tmp_path: Path) -> None:
     assert len(opened.model.blocks) == 2
     fresh = Reinitialised(model=Thinned(model=TinyTeacher(), layers=(0, 3))).open(work).model
     assert not torch.equal(fresh.embedding.weight, opened.model.embedding.weight)
+    assert len(Thinned(model=TinyTeacher(), layers=(2,)).open(work).model.blocks) == 1
     for layers, message in (((0, 9), "layer 9 does not exist"), ((2, 1), "ascending order")):
         with pytest.raises(ConfigError, match=message):
             Thinned(model=TinyTeacher(), layers=layers).open(work)
@@ -211,3 +213,41 @@ def test_hard_labels_need_no_teacher(tmp_path: Path) -> None:
     (batch, *_) = next(source(Live()).open(env(tmp_path))).batches
     output = Distil(terms=(HardLabels(),))(tiny_model(), batch)
     assert float(output.metrics["hard_labels"]) == float(output.total)
+
+
+def test_teacher_with_another_template_is_of_the_same_vocabulary(tmp_path: Path) -> None:
+    """A base model learns from the chat model of its family."""
+
+    class Chatty(ModelSource):
+        """The same tokens; another template, another end of text."""
+
+        def open(self, workspace: Workspace) -> Opened:
+            folder = workspace.root / "chatty"
+            tokenizer = byte_tokenizer().with_template("{{ messages[0].content }}")
+            tokenizer.with_special(eos="!").save(folder)
+            return Opened(tiny_model(), folder)
+
+    text = TextCorpus(documents=Lines(), context=32, tokens_per_step=128, tokens=64)
+    work = next(Taught(source=text, teacher=Chatty()).open(env(tmp_path)))
+    assert work.batches[0].teacher_hidden is not None
+
+
+def test_teacher_whose_tokens_are_numbered_otherwise(tmp_path: Path) -> None:
+    """As many tokens, but two of them have changed places."""
+
+    class Swapped(ModelSource):
+        """Bytes in another order."""
+
+        def open(self, workspace: Workspace) -> Opened:
+            folder = workspace.root / "swapped"
+            byte_tokenizer().save(folder)
+            path = folder / "tokenizer.json"
+            data = json.loads(path.read_text(encoding="utf-8"))
+            vocab = data["model"]["vocab"]
+            vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+            path.write_text(json.dumps(data), encoding="utf-8")
+            return Opened(tiny_model(), folder)
+
+    text = TextCorpus(documents=Lines(), context=32, tokens_per_step=128, tokens=64)
+    with pytest.raises(TreadleError, match="a vocabulary of its own"):
+        Taught(source=text, teacher=Swapped()).open(env(tmp_path))

@@ -36,15 +36,17 @@ def files(path: Path, rows, format) -> TaskFiles:
     return TaskFiles(path=write_rows(path, rows), format=format, parts=ALL)
 
 
-def test_spans_are_those_of_seqeval() -> None:
-    """Random tags, most of them no proper BIO."""
+@pytest.mark.parametrize("labels", [TAGS, ("O", "B", "I", "B-x", "I-x")], ids=("typed", "bare"))
+def test_spans_are_those_of_seqeval(labels: tuple[str, ...]) -> None:
+    """Random tags, most of them no proper BIO; seqeval calls what has no type `_`."""
     generator = np.random.default_rng(0)
     gold, said = (
-        [[TAGS[i] for i in generator.integers(0, 5, n)] for n in range(1, 40)] for _ in range(2)
+        [[labels[i] for i in generator.integers(0, 5, n)] for n in range(1, 40)] for _ in range(2)
     )
     for tags in gold:
         expected = seqeval.metrics.sequence_labeling.get_entities(tags)
-        assert {(s.type, s.start, s.end - 1) for s in spans_of(tags)} == set(expected), tags
+        found = {(s.type or "_", s.start, s.end - 1) for s in spans_of(tags)}
+        assert found == set(expected), tags
     counts = [
         {
             "right": len(spans_of(a) & spans_of(b)),
@@ -145,6 +147,9 @@ def test_words_that_are_cut_off_are_outside(tmp_path: Path) -> None:
     other = TokenHead(labels=("B-person", "I-person"))(tiny_encoder())
     with pytest.raises(TreadleError, match="none of the labels B-person, I-person is `O`"):
         evaluate(other, framed_tokenizer(), [task])
+    ended = TokenHead(labels=(*TAGS, "E-person"))(tiny_encoder())
+    with pytest.raises(TreadleError, match="label `E-person` is not of the scheme B- I- O"):
+        evaluate(ended, framed_tokenizer(), [task])
 
 
 def test_an_embedding_model_rates_by_cosine(tmp_path: Path) -> None:

@@ -76,6 +76,15 @@ def test_a_query_finds_its_own_text(tmp_path: Path) -> None:
     assert scores["recall@10"]["value"] == 1.0
 
 
+def test_a_text_that_is_named_twice_counts_once(tmp_path: Path) -> None:
+    texts, _ = corpus(tmp_path)
+    rows = [{"query": f"{w} {w} {w}", "relevant": [i, i]} for i, w in enumerate(WORDS)]
+    task = Retrieval(name="s", corpus=texts, queries=write_rows(tmp_path / "two.jsonl", rows))
+    scores = evaluate(EmbeddingHead()(tiny_encoder()), framed_tokenizer(), [task]).tasks["s"].scores
+    assert scores["recall@1"]["value"] == 1.0
+    assert scores["ndcg@10"]["value"] == 1.0
+
+
 def test_candidates_are_ranked_by_either_kind_of_model(tmp_path: Path) -> None:
     rows = [
         {"query": f"{w} {w}", "positive": f"{w} {w}", "negatives": [WORDS[i - 1]]}
@@ -104,6 +113,13 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
         evaluate(model, framed_tokenizer(), [task.replace(queries=unknown)])
     with pytest.raises(FileFormatError, match="row 0: key `ids`: expected a list of ids"):
         evaluate(model, framed_tokenizer(), [task.replace(relevant="ids")])
+    twice = [{"id": 3, "text": "warm"}, {"id": "3", "text": "cold"}]
+    with pytest.raises(FileFormatError, match="two texts have the id `3`; give one another"):
+        evaluate(
+            model,
+            framed_tokenizer(),
+            [task.replace(corpus=write_rows(tmp_path / "t.jsonl", twice))],
+        )
     with pytest.raises(FileFormatError, match="row 0: key `doc` is missing"):
         evaluate(model, framed_tokenizer(), [task.replace(id="doc")])
     with pytest.raises(FileFormatError, match="none of the keys body holds a text"):

@@ -16,6 +16,7 @@ from treadle.evals.style import ContentProblems, StyleProblems, grams, learn_sty
 
 STYLED = ("Arr, the ship be here!", "Aye aye, matey, hoist it.")
 PLAIN = ("The ship is here.", "Please raise the flag now, thanks.", "It is so.")
+TERSE = ("3 + 4 = 7", "12; 9")
 
 
 def test_log_odds_match_scikit_learn() -> None:
@@ -23,12 +24,16 @@ def test_log_odds_match_scikit_learn() -> None:
     text = pytest.importorskip("sklearn.feature_extraction.text")
     bayes = pytest.importorskip("sklearn.naive_bayes")
     counter = text.CountVectorizer(analyzer=lambda x: grams(x, 3))
-    counts = counter.fit_transform([*STYLED, *PLAIN])
-    theirs = bayes.MultinomialNB(alpha=1.0, fit_prior=False).fit(counts, [1, 1, 0, 0, 0])
-    ours = learn_style(STYLED, PLAIN)
-    for said in ("Arr, raise it!", "thanks", "zebra Q", "The matey IS here."):
-        log_p = theirs.predict_log_proba(counter.transform([said]))[0]
-        assert ours(said) == pytest.approx(log_p[1] - log_p[0], abs=1e-3)
+    counts = counter.fit_transform([*STYLED, *PLAIN, *TERSE])
+    theirs = bayes.MultinomialNB(alpha=1.0, fit_prior=False)
+    theirs.fit(counts, [0] * len(STYLED) + [1] * len(PLAIN) + [2] * len(TERSE))
+    ours = learn_style(STYLED, PLAIN, TERSE)
+    likeliest = set()
+    for said in ("Arr, raise it!", "thanks", "zebra Q", "The matey IS here.", "3 + 9 = 12"):
+        log_p = theirs.predict_joint_log_proba(counter.transform([said]))[0]
+        assert ours(said) == pytest.approx(log_p[0] - max(log_p[1:]), abs=1e-3)
+        likeliest.add(int(log_p.argmax()))
+    assert likeliest == {0, 1, 2}
     assert ours("") == 0.0
 
 
@@ -56,6 +61,10 @@ def test_scores_of_style_and_content() -> None:
     assert problem.answer == voiced.conversation(9).messages[-1].content
     assert style.score(problem, "Arr, sail on, matey") == 1.0
     assert style.score(problem, "llllll") == 0.0
+    wordy = Numbered(word="Pray tell me what the looms on that hill are for", amount=12)
+    among = style.replace(styled=voiced.replace(conversations=wordy), plain=wordy)
+    for asked, said in ((style, 1.0), (among, 0.0)):  # it sounds more like one who asks
+        assert asked.score(problem, "I tell thee what those hills are for") == said
     assert style.score(problem, "") == 0.0
     assert style.replace(who="").problem(1).prompt == (user("loom 9"),)
     content = ContentProblems(style=style, ignored=("arr", "matey", "aye", "sail", "on"))
@@ -68,6 +77,18 @@ def test_scores_of_style_and_content() -> None:
     assert content.score(Problem((user("?"),), "Arr!", "content"), "anything") == 1.0
 
 
-def test_a_style_needs_texts_of_both_kinds() -> None:
-    with pytest.raises(ConfigError, match="one of the two has none"):
+def test_a_style_needs_texts_of_each_kind() -> None:
+    with pytest.raises(ConfigError, match="one of them has none"):
         learn_style([], PLAIN)
+
+
+def test_too_few_conversations_are_named() -> None:
+    """Eight are there: seven to learn from and one to ask about."""
+    few, many = Numbered(word="loom", amount=8), Numbered(word="warp", endless=True)
+    style = StyleProblems(styled=few, plain=many, known=7)
+    assert style.problem(0).prompt == (user("loom 7"),)
+    with pytest.raises(ConfigError, match=r"9 conversations of Numbered are needed.*there are 8"):
+        style.problem(1)
+    other = StyleProblems(styled=many, plain=few, known=9)
+    with pytest.raises(ConfigError, match=r"9 conversations of Numbered are needed.*there are 8"):
+        other.score(other.problem(0), "loom")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_generation import byte_tokenizer, tiny_model
 
+from treadle.core.errors import TreadleError
 from treadle.core.execute import execute
 from treadle.core.pipeline import Pipeline, Workspace, read_manifest
 from treadle.data.batch import Piece
@@ -98,3 +99,22 @@ def test_a_stage_is_measured(tmp_path: Path) -> None:
     assert results["format kept"]["value"] == 0.0
     assert results["KL"]["value"] > 0.01
     assert 0 <= metrics["cut_off"] <= 1
+
+
+def test_a_model_with_other_tokens_is_refused(tmp_path: Path) -> None:
+    class Wider(ModelSource):
+        """A model of more tokens."""
+
+        def open(self, workspace: Workspace) -> Opened:
+            return Opened(tiny_model().config.replace(vocab=300).build(), workspace.folder)
+
+    step = MeasureThinking(
+        name="measure",
+        subject="base",
+        model=SeededBytes(),
+        exams=(Exam(name="even", problems=Even(), count=1),),
+        against=Wider(),
+        precision=FP32(),
+    )
+    with pytest.raises(TreadleError, match="has 300 tokens, the one that is measured 257"):
+        execute(Pipeline(name="p", steps=(step,)), tmp_path)

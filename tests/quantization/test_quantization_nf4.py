@@ -72,6 +72,17 @@ def test_dynamic_codes_are_the_nearest_of_bitsandbytes_table(signed: bool) -> No
     assert torch.equal(from_codes(ours, signed=signed), expected)
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_dynamic_codes_on_both_sides_of_every_bound(signed: bool) -> None:
+    table = dynamic_table(signed, torch.device("cpu"))
+    bounds = (table[1:] + table[:-1]) / 2
+    beyond = torch.nextafter(bounds, torch.tensor(2.0))
+    one = torch.ones(1)  # each block's peak
+    codes = [into_codes(torch.cat((one, x)), signed=signed).codes[1:] for x in (bounds, beyond)]
+    assert codes[0].tolist() == list(range(255))
+    assert codes[1].tolist() == list(range(1, 256))
+
+
 def test_levels_are_normal_quantiles() -> None:
     """From the definition: quantiles at evenly spaced probabilities on each side of zero."""
     offset = 0.5 * (1 - 1 / 32 + 1 - 1 / 30)

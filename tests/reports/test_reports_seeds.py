@@ -7,12 +7,13 @@ import statistics
 import pytest
 
 from treadle.alignment.ppo import PPORollouts
+from treadle.alignment.value_head import ValueHead
 from treadle.cli.targets import load
 from treadle.core.errors import TreadleError
 from treadle.core.results import accuracy
 from treadle.reports.seeds import STUDENT, seed_table, spreads
 from treadle.reports.stages import Stage
-from treadle.train.run import Run, Trained
+from treadle.train.run import Run
 
 
 def stage(subject: str, right: int, seconds: float | None = 10.0) -> Stage:
@@ -57,9 +58,11 @@ def test_means_spreads_and_gains() -> None:
 def test_the_contest_gives_each_method_equal_samples_from_one_start(name: str) -> None:
     runs = [s for s in load(name).steps if isinstance(s, Run) and s.name != "sft"]
     assert len({run.name for run in runs}) == len(runs) == 24
+    start, transforms = runs[0].model, list(runs[0].transforms)
     budgets, problems = set(), {}
     for run in runs:
-        assert run.model == Trained(step="sft")
+        assert run.model == start
+        assert [t for t in run.transforms if not isinstance(t, ValueHead)] == transforms
         ppo = isinstance(run.source, PPORollouts)
         rollouts = run.source.rollouts if ppo else run.source
         per_lot = run.source.epochs * run.source.minibatches if ppo else 1

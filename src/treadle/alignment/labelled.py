@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from treadle.alignment.preferences import Pairs
-from treadle.alignment.reference import InitialModel
+from treadle.alignment.reference import InitialModel, reference_of
 from treadle.alignment.trees import (
     Tree,
     TreeStream,
@@ -93,7 +93,7 @@ class JudgementStream(TreeStream):
         self.config = config
         count, per_step, tokens = config.answers.count(), config.per_step, config.tokens
         super().__init__(env, count=count, per_step=per_step, tokens=tokens, what="answer")
-        self.reference = InitialModel()(env, self.kept, self.tree, tokens)
+        self.reference = reference_of(self, InitialModel())
 
     def tree(self, index: int) -> Tree:
         judged = self.config.answers.answer(index)
@@ -111,6 +111,7 @@ class JudgementStream(TreeStream):
         raise TreadleError("no answer is to another prompt: KTO compares with one")
 
     def batch(self, trees: list[Tree], places: list[int]) -> LabelledBatch:
+        assert self.reference is not None
         good = [self.config.answers.answer(self.kept[i]).good for i in places]
         return extended(
             LabelledBatch,

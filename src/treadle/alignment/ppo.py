@@ -117,13 +117,11 @@ class PPOStream(Stream):
         )
         self._whiten()
         self.taken, self.lots = 0, self.lots + 1
-        rewards = [r for g in groups for r in g.rewards]
         self.metrics = {
-            "reward": sum(rewards) / len(rewards),
+            **self.rollouts.observed(groups),
             "kl": distance,
             "mismatch": float(torch.cat(gaps).mean()),
             "beta": self.beta,
-            "completion_tokens": sum(len(e.tokens) for e in self.lot) / len(self.lot),
         }
 
     def _episodes(

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from treadle.alignment.confidence import Confidence, Stated
-from treadle.alignment.reference import InitialModel, Reference
+from treadle.alignment.reference import InitialModel, Reference, reference_of
 from treadle.alignment.trees import Tree, TreeStream, answer_tree, assemble_trees, extended
 from treadle.core.config import Config
 from treadle.core.errors import TreadleError
@@ -89,7 +89,7 @@ class PreferenceStream(TreeStream):
         self.config = config
         count, per_step, tokens = config.pairs.count(), config.per_step, config.tokens
         super().__init__(env, count=count, per_step=per_step, tokens=tokens, what="pair")
-        self.reference = config.reference(env, self.kept, self.tree, tokens)
+        self.reference = reference_of(self, config.reference)
         records = [config.pairs.pair(i) for i in self.kept]
         self.margins = margins_of(records)
         self.confidence = config.confidence(env, records, self.kept, self.tree, tokens)

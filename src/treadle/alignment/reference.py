@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from treadle.alignment.trees import Tree, assemble_trees, tree_size
+from treadle.alignment.trees import Tree, TreeStream, assemble_trees, tree_size
 from treadle.core.config import Config
 from treadle.core.files import atomic_file
 from treadle.data.batch import within_budget
@@ -46,17 +48,33 @@ class InitialModel(Reference):
         self, env: Env, numbers: list[int], tree: Callable[[int], Tree], tokens: int
     ) -> Float[Tensor, "R A"]:
         path = env.scratch / "reference.safetensors"
-        if not path.exists():
-            trees = [tree(i) for i in numbers]
-            parts = []
-            with evaluating(env.model), env.autocast():
+        known = _read(path) if path.exists() else {}
+        if missing := [i for i in numbers if i not in known]:
+            trees = [tree(i) for i in missing]
+            with _progress(env, len(trees)) as done, evaluating(env.model), env.autocast():
                 for run in within_budget([tree_size(t) for t in trees], tokens):
                     batch = assemble_trees([trees[i] for i in run]).to(env.device)
-                    parts.append(sequence_logprobs(env.model, batch).cpu())
-            table = torch.cat(parts).unflatten(0, (len(trees), -1))
+                    rows = sequence_logprobs(env.model, batch).cpu().unflatten(0, (len(run), -1))
+                    known |= {missing[i]: row for i, row in zip(run, rows, strict=True)}
+                    done(run[-1] + 1)
             with atomic_file(path) as temporary:
-                save_file({"logprobs": table}, temporary)
-        return load_file(path)["logprobs"]
+                found = torch.tensor(list(known)), torch.stack(list(known.values()))
+                save_file(dict(zip(("numbers", "logprobs"), found, strict=True)), temporary)
+        return torch.stack([known[i] for i in numbers])
+
+
+def _read(path: Path) -> dict[int, Float[Tensor, " A"]]:
+    kept = load_file(path)
+    return dict(zip(kept["numbers"].tolist(), kept["logprobs"], strict=True))
+
+
+@contextmanager
+def _progress(env: Env, total: int) -> Iterator[Callable[[float], None]]:
+    if env.workspace is None:
+        yield lambda done: None
+        return
+    with env.workspace.progress.task("reference", total) as task:
+        yield task.update
 
 
 @contextmanager
@@ -68,3 +86,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+def reference_of(stream: TreeStream, reference: Reference) -> Float[Tensor, "K A"] | None:
+    """What a reference says of the answers of the K trees that a stream has kept: of those that the
+    run will come to, and NaN of the others."""
+    coming = stream.coming()
+    numbers = [stream.kept[i] for i in coming]
+    rows = reference(stream.env, numbers, stream.tree, stream.tokens)
+    if rows is None:
+        return None
+    table = rows.new_full((len(stream.kept), rows.shape[1]), math.nan)
+    table[torch.tensor(coming)] = rows
+    return table

@@ -88,12 +88,13 @@ class RolloutStream(Stream):
             # Several processes must stay in step: there, one without a signal adds nothing.
             if useful or self.env.world > 1:
                 batches = self._batches([groups[i] for i in useful], advantages[useful])
-                metrics = self._metrics(groups, len(useful), redraws)
-                return Work(
-                    batches,
-                    {**metrics, **shaped.metrics},
-                    (self.config.limit(),),
-                )
+                metrics = {
+                    **self.observed(groups),
+                    "groups_with_signal": len(useful) / len(groups),
+                    "redraws": float(redraws),
+                    **shaped.metrics,
+                }
+                return Work(batches, metrics, (self.config.limit(),))
         raise TreadleError(
             f"the rewards within every group were equal for {REDRAWS} draws of "
             f"{self.config.prompts} problems (mean {float(shaped.rewards.mean()):.2f}): choose "
@@ -178,7 +179,8 @@ class RolloutStream(Stream):
             for run in within_budget(sizes, self.config.tokens)
         )
 
-    def _metrics(self, groups: list[Group], useful: int, redraws: int) -> dict[str, float]:
+    def observed(self, groups: Sequence[Group]) -> dict[str, float]:
+        """What was sampled and earned, with the signs of a reward that is being gamed."""
         rewards = torch.tensor([g.rewards for g in groups])
         completions = [c for g in groups for c in g.completions]
         lengths = [len(c.tokens) for c in completions]
@@ -186,8 +188,6 @@ class RolloutStream(Stream):
             "reward": float(rewards.mean()),
             "reward_std": float(rewards.std(-1).mean()),
             "solved": float((rewards >= 1.0).float().mean()),
-            "groups_with_signal": useful / len(groups),
-            "redraws": float(redraws),
             "prompts_too_long": float(self.too_long),
             "completion_tokens": sum(lengths) / len(lengths),
             "repetition": sum(repetition(c.tokens) for c in completions) / len(completions),

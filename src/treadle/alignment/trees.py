@@ -116,6 +116,14 @@ class TreeStream(Stream):
     def batch(self, trees: list[Tree], places: list[int]) -> Batch:
         """A micro-batch of trees, given their places among those kept."""
 
+    def coming(self) -> list[int]:
+        """Places, among the trees kept, of those that the run's steps take; all if it is not known
+        how many steps there are."""
+        steps, size = self.env.steps, len(self.kept)
+        if steps is None or steps * self.per_step >= size:
+            return list(range(size))
+        return sorted(self.order.take(Place(), steps * self.per_step))
+
     def __next__(self) -> Work:
         mine = self.order.take(self.place, self.per_step, rank=self.env.rank, world=self.env.world)
         self.place = self.order.after(self.place, self.per_step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
-from treadle.alignment.reference import InitialModel, Reference
+from treadle.alignment.reference import InitialModel, Reference, reference_of
 from treadle.alignment.trees import Tree, TreeStream, answer_tree, assemble_trees, extended
 from treadle.core.errors import TreadleError
 from treadle.data.batch import Piece
@@ -53,7 +53,7 @@ class UnlearningStream(TreeStream):
         count = max(config.forget.count() or 0, config.retain.count() or 0)
         per_step, tokens = config.per_step, config.tokens
         super().__init__(env, count=count, per_step=per_step, tokens=tokens, what="pair")
-        self.reference = config.reference(env, self.kept, self.tree, tokens)
+        self.reference = reference_of(self, config.reference)
 
     def tree(self, index: int) -> Tree:
         config = self.config

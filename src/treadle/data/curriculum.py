@@ -80,7 +80,8 @@ class StaircasePace(Pacing):
     grow: float = Field(1.9, gt=1.0)
 
     def __call__(self, step: int) -> float:
-        return float(min(1.0, self.start * self.grow ** (step // self.every)))
+        most = math.ceil(-math.log(self.start) / math.log(self.grow))  # later powers overflow
+        return float(min(1.0, self.start * self.grow ** min(step // self.every, most)))
 
 
 class Difficulty(Config):

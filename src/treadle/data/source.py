@@ -59,6 +59,8 @@ class Env:
     """The precision in which the model runs."""
     workspace: Workspace | None = None
     """Of the step, for sources that read other steps' models; None outside a pipeline."""
+    steps: int | None = None
+    """Optimiser steps of the run, where it is known: nothing need be prepared for more."""
 
     def say(self, line: str) -> None:
         """A line in the run's log; nowhere outside a pipeline."""

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pydantic import Field
 
 from treadle.core.config import Config
-from treadle.core.errors import TreadleError, did_you_mean
+from treadle.core.errors import FileFormatError, TreadleError, did_you_mean
 from treadle.data.fields import text
 from treadle.data.problems import Problems
 from treadle.data.read import read_rows
@@ -55,7 +55,7 @@ class TaskConversations(Conversations):
 
 
 class TaskProblems(Problems):
-    """Other rows of a task, as problems: right is what begins with the answer."""
+    """Other rows of a task, as problems: right is what begins with the words of the answer."""
 
     file: TaskFile
     task: str
@@ -78,15 +78,20 @@ class TaskProblems(Problems):
         return Problem((user(question),), answer, "begins_with")
 
     def score(self, problem: Problem, completion: str) -> float:
-        return float(completion.strip().lower().startswith(problem.answer.lower()))
+        said, wanted = completion.strip().lower(), problem.answer.lower()
+        ended = not (said[len(wanted) : len(wanted) + 1].isalnum() and wanted[-1:].isalnum())
+        return float(bool(wanted) and said.startswith(wanted) and ended)
 
 
 @lru_cache(maxsize=4)
 def _tasks(file: TaskFile) -> Rows:
     found: dict[str, list[tuple[str, str]]] = {}
-    for row in read_rows(file.path):
-        pair = (text(row, file.question).strip(), text(row, file.answer).strip())
-        found.setdefault(text(row, file.task), []).append(pair)
+    for number, row in enumerate(read_rows(file.path)):
+        try:
+            pair = (text(row, file.question).strip(), text(row, file.answer).strip())
+            found.setdefault(text(row, file.task), []).append(pair)
+        except FileFormatError as error:
+            raise FileFormatError(f"{file.path}: row {number}: {error}") from None
     return found
 
 

@@ -60,7 +60,8 @@ class TaskMix(Source):
 
     def shares(self) -> tuple[float, ...]:
         """p, which sums to 1."""
-        powers = [min(t.examples, self.limit) ** (1 / self.temperature) for t in self.tasks]
+        sizes = [min(t.examples, self.limit) for t in self.tasks]
+        powers = [(size / max(sizes)) ** (1 / self.temperature) for size in sizes]
         return tuple(power / sum(powers) for power in powers)
 
 

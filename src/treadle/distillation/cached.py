@@ -77,7 +77,9 @@ class TopStore:
         self.rows = 0
         for path in sorted(folder.glob("rank*.safetensors")):
             self.known.update(_read(path, k))
-        self.written = len(list(folder.glob(f"rank{rank}-*.safetensors")))
+        # After the last one: a damaged shard that was deleted leaves a gap.
+        mine = (int(p.stem.partition("-")[2]) for p in folder.glob(f"rank{rank}-*.safetensors"))
+        self.written = max(mine, default=-1) + 1
 
     def add(self, key: bytes, tokens: Int[Tensor, "R k"], logprobs: Float[Tensor, "R k"]) -> None:
         """Keep an answer; it is on the disk after the next `flush`."""

@@ -7,8 +7,8 @@ of them has a boundary there is nothing to compare.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, groupby
 
 import torch
 from jaxtyping import Float
@@ -87,11 +87,36 @@ def reread(
     ours: Tokenizer, theirs: Tokenizer, tokens: Sequence[int]
 ) -> tuple[list[int], list[int]]:
     """The other tokenizer's ids of a text, and for each of our tokens the place of the one that
-    begins where it does, or -1."""
-    text = ours.decode_bytes(tokens)
-    read = theirs.encode_bytes(text)
-    place_at = {begin: place for place, begin in enumerate(_begins(theirs, read))}
+    begins where it does, or -1. A special token that both have is one to both."""
+    read: list[int] = []
+    place_at: dict[int, int] = {}
+    at = 0
+    for part in _parts(ours, tokens):
+        text, ids = ours.decode_bytes(part), _in_theirs(ours, theirs, part)
+        spelled = theirs.decode_bytes(ids)
+        # Some tokenizers put a space before a text, and it is a part of their first token.
+        before = len(spelled) - len(text)
+        for token, begin in zip(ids, _begins(theirs, ids), strict=True):
+            if spelled[before:] == text:
+                place_at.setdefault(at + max(0, begin - before), len(read))
+            read.append(token)
+        at += len(text)
     return read, [place_at.get(begin, -1) for begin in _begins(ours, tokens)]
+
+
+def _parts(tokenizer: Tokenizer, tokens: Sequence[int]) -> Iterator[list[int]]:
+    """The text between special tokens, and each of those by itself."""
+    for special, group in groupby(tokens, tokenizer.special_ids.__contains__):
+        part = list(group)
+        yield from ([token] for token in part) if special else (part,)
+
+
+def _in_theirs(ours: Tokenizer, theirs: Tokenizer, part: list[int]) -> list[int]:
+    if part[0] in ours.special_ids:
+        same = theirs.token_id(ours.spelling(part[0]))
+        if same is not None and same in theirs.special_ids:
+            return [same]
+    return theirs.encode_bytes(ours.decode_bytes(part))
 
 
 def _begins(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[int]:

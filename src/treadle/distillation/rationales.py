@@ -160,10 +160,10 @@ class StepByStepStream(Stream):
         taken = self.order.take(self.place, config.per_step, rank=env.rank, world=env.world)
         self.place = self.order.after(self.place, config.per_step)
         results = [self._piece(i, config.ask_result, "result") for i in taken]
-        steps = [self._piece(i, config.ask_steps, "steps") for i in taken]
-        if config.rationale == 0.0:
-            steps = []
-        pieces = [*results, *(piece for piece in steps if any(piece.learn))]
+        # A teacher that gave the result at once explained nothing: its silence is no lesson.
+        told = [i for i in taken if config.rationale and self.rows[i]["steps"]]
+        steps = [self._piece(i, config.ask_steps, "steps") for i in told]
+        pieces = [*results, *steps]
         weights = [_share(results)] * len(results)
         weights += [config.rationale * _share(steps)] * (len(pieces) - len(results))
         runs = within_budget([len(p.tokens) for p in pieces], config.tokens)

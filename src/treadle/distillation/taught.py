@@ -55,9 +55,14 @@ class Teacher:
         return digest([dump(self.source), keys])[:16]
 
     def check_vocabulary(self) -> None:
-        """Raise TreadleError where student and teacher do not number the same tokens alike."""
+        """Raise TreadleError where student and teacher do not number the same tokens alike.
+
+        Templates, and which tokens end a text, may differ: the text is the student's.
+        """
         env, vocab = self.env, self.model.config.vocab
-        if vocab != env.model.config.vocab or self.tokenizer.digest != env.tokenizer.digest:
+        if vocab != env.model.config.vocab or _spellings(self.tokenizer) != _spellings(
+            env.tokenizer
+        ):
             raise TreadleError(
                 f"the teacher has a vocabulary of its own ({vocab} tokens, the student has "
                 f"{env.model.config.vocab}), so their distributions cannot be compared token by "
@@ -65,6 +70,10 @@ class Teacher:
                 "teacher (Thinned), or compare them rank by rank: OtherTokenizer as the lesson "
                 "and RankedLabels as the term"
             )
+
+
+def _spellings(tokenizer: Tokenizer) -> list[str]:
+    return [tokenizer.spelling(token) for token in range(tokenizer.vocab_size)]
 
 
 class Pupil(Protocol):

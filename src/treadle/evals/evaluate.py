@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 
 from treadle.core.config import Config
+from treadle.core.errors import ConfigError, TreadleError
 from treadle.core.pipeline import Step, Workspace
 from treadle.core.progress import Progress
 from treadle.core.results import (
@@ -62,7 +63,7 @@ class Reading(Config):
     name: str
     documents: Documents
     tokens: int = Field(20_000, ge=2)
-    """How many tokens are predicted."""
+    """How many tokens are read, after the first; of each window one is not predicted."""
     context: int = Field(512, ge=2)
 
 
@@ -83,6 +84,11 @@ class Evaluate(Step):
     engine: EngineConfig = EngineConfig()
 
     def check(self, workspace: Workspace) -> None:
+        names = [OVERALL, *(e.name for e in self.exams), *(r.name for r in self.readings)]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ConfigError(
+                f"two results would be called `{min(twice)}`: give one another `name`"
+            )
         outlined(self.model, self.transforms, workspace)
 
     def execute(self, workspace: Workspace) -> Mapping[str, Any]:
@@ -164,8 +170,19 @@ def sit(engine: Engine, exam: Exam, sampling: Sampling, progress: Progress) -> S
 def perplexity(
     model: DecoderModel, tokenizer: Tokenizer, reading: Reading, progress: Progress
 ) -> Figure:
-    """exp of the mean negative log-probability of a token, with its interval over windows."""
+    """exp of the mean negative log-probability of a token, with its interval over windows.
+
+    Raises:
+        TreadleError: there is next to no text, or its windows are longer than the model reads.
+    """
+    if reading.context > (most := model.config.context):
+        raise TreadleError(
+            f"reading `{reading.name}`: windows of {reading.context} tokens are longer than the "
+            f"model's context of {most}: lower `context`"
+        )
     windows = windows_of(tokenizer, reading)
+    if not windows:
+        raise TreadleError(f"reading `{reading.name}`: its documents hold out no text to read")
     losses: list[float] = []
     counts: list[int] = []
     with progress.task(reading.name, len(windows)) as task:

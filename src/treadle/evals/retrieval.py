@@ -12,6 +12,7 @@ Jarvelin and Kekalainen 2002; Thakur et al. 2021, BEIR, arXiv:2104.08663.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -76,7 +77,8 @@ class Retrieval(Benchmark):
                     f"{self.queries}: row {index}: key `{self.relevant}`: expected a list of ids"
                 )
             if ids:
-                found.append(QueryItem(index, "", text(row, self.query), tuple(map(str, ids))))
+                relevant = tuple(dict.fromkeys(map(str, ids)))
+                found.append(QueryItem(index, "", text(row, self.query), relevant))
         return found[: self.limit]
 
     def run(self, subject: Subject, items: Sequence[Item], done: Done) -> None:
@@ -111,6 +113,11 @@ class Retrieval(Benchmark):
                 raise FileFormatError(f"{self.corpus}: row {index}: key `{self.id}` is missing")
             ids.append(str(row[self.id]))
             texts.append(_joined(row, self.keys, f"{self.corpus}: row {index}"))
+        if len(set(ids)) < len(ids):
+            twice = next(name for name, times in Counter(ids).items() if times > 1)
+            raise FileFormatError(
+                f"{self.corpus}: two texts have the id `{twice}`; give one another"
+            )
         return ids, texts
 
 

@@ -1,7 +1,8 @@
 """Spans that word labels mark, such as names: F1 of whole spans, as CoNLL counts them.
 
 A span is right if its type, its first and its last word are. B- begins one, and so does an I- that
-does not go on with the type before it (Tjong Kim Sang and De Meulder 2003, conlleval).
+does not go on with the type before it (Tjong Kim Sang and De Meulder 2003, conlleval). Labels of
+one kind need no type: B, I, O.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from treadle.evals.statistics import ratio
 from treadle.evals.task import Benchmark, Done, Item, Record, Subject
 from treadle.models.heads import label_number
 
-OUTSIDE = "O"
+OUTSIDE, BEGIN, INSIDE = "O", "B", "I"
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,20 @@ class Span:
 def spans_of(tags: Sequence[str]) -> set[Span]:
     """The spans of BIO tags."""
     found: set[Span] = set()
-    start, type_ = 0, ""
+    start, open_ = 0, OUTSIDE
     for i, tag in enumerate([*tags, OUTSIDE]):
         mark, _, kind = tag.partition("-")
-        goes_on = mark == "I" and kind == type_
-        if type_ and not goes_on:
-            found.add(Span(type_, start, i))
-        if not goes_on:
-            start, type_ = i, kind
+        if open_ != OUTSIDE and mark == INSIDE and kind == type_of(open_):
+            continue
+        if open_ != OUTSIDE:
+            found.add(Span(type_of(open_), start, i))
+        start, open_ = i, tag
     return found
+
+
+def type_of(tag: str) -> str:
+    """`person` of `B-person`; nothing where labels have no type."""
+    return tag.partition("-")[2]
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,11 @@ class WordLabels(Benchmark):
             raise TreadleError(
                 f"task `{self.name}`: none of the labels {', '.join(labels)} is `{OUTSIDE}`, for "
                 "words outside of all spans"
+            )
+        if strange := [x for x in labels if x.partition("-")[0] not in (BEGIN, INSIDE, OUTSIDE)]:
+            raise TreadleError(
+                f"task `{self.name}`: the label `{strange[0]}` is not of the scheme B- I- O; "
+                "spans of another scheme would be counted wrong: train with labels of this one"
             )
         golds = [[labels[label_number(t, labels)] for t in item.tags] for item in asked]
         rows = reader_of(subject, self.longest).words([item.words for item in asked])

@@ -1,8 +1,11 @@
-"""Style, measured: a classifier of short letter sequences that learned two ways to write.
+"""Style, measured: a classifier of short letter sequences that learned ways to write.
 
-    log odds(x) = sum over known n-grams g of x, n <= N, of  log p(g | styled) - log p(g | plain)
+    log p(x | c) = sum over known n-grams g of x, n <= N, of  log p(g | c)
     p(g | c) = (count_c(g) + 1) / (total_c + distinct n-grams)
-    score = 1 where the log odds are positive
+    score = 1 where p(x | styled) > p(x | c) for each other way c
+
+The other ways are the plain answers, and the questions: prose that is no answer at all. Without
+them whatever is no plain answer would pass for the style.
 
 Naive Bayes over characters, as for telling authors apart (Peng et al. 2003). It reads how
 something is said; what is said is compared apart, by the words of the right answer.
@@ -27,30 +30,34 @@ from treadle.data.supervised import Conversations
 
 @dataclass(frozen=True)
 class StyleClassifier:
-    """Log-odds of every n-gram seen."""
+    """For each other way to write, the log odds of every n-gram seen."""
 
-    odds: Mapping[str, float]
+    odds: tuple[Mapping[str, float], ...]
     order: int
 
     def __call__(self, text: str) -> float:
-        """Log odds for the style; 0 where nothing is said."""
-        return sum(self.odds.get(gram, 0.0) for gram in grams(text, self.order))
+        """Log odds for the style against the likeliest other way; 0 where nothing is said."""
+        found = grams(text, self.order)
+        return min(sum(odds.get(gram, 0.0) for gram in found) for odds in self.odds)
 
 
-def learn_style(styled: Iterable[str], plain: Iterable[str], order: int = 3) -> StyleClassifier:
-    """A classifier from texts of both kinds.
+def learn_style(styled: Iterable[str], *others: Iterable[str], order: int = 3) -> StyleClassifier:
+    """A classifier from texts of the style and of each other way to write.
 
     Raises:
         ConfigError: one of them has no text.
     """
-    counts = [Counter(g for text in texts for g in grams(text, order)) for texts in (styled, plain)]
-    if not all(counts):
-        raise ConfigError("a style is learned from texts of both kinds; one of the two has none")
-    known = counts[0].keys() | counts[1].keys()
-    sizes = [count.total() + len(known) for count in counts]
-    scale = math.log(sizes[1] / sizes[0])
-    odds = {g: math.log((counts[0][g] + 1) / (counts[1][g] + 1)) + scale for g in known}
-    return StyleClassifier(odds, order)
+    ways = (styled, *others)
+    style, *rest = (Counter(g for text in texts for g in grams(text, order)) for texts in ways)
+    if not all((style, *rest)):
+        raise ConfigError("a style is learned from texts of each kind; one of them has none")
+    known = frozenset().union(style, *rest)
+
+    def odds(other: Counter[str]) -> dict[str, float]:
+        scale = math.log((other.total() + len(known)) / (style.total() + len(known)))
+        return {g: math.log((style[g] + 1) / (other[g] + 1)) + scale for g in known}
+
+    return StyleClassifier(tuple(map(odds, rest)), order)
 
 
 def grams(text: str, order: int) -> list[str]:
@@ -73,6 +80,12 @@ class StyleProblems(Problems):
     order: int = Field(3, ge=1)
 
     def problem(self, index: int) -> Problem:
+        """Problem number `index`, from 0.
+
+        Raises:
+            ConfigError: there are not so many conversations.
+        """
+        _require(self.styled, self.known + index + 1)
         chat = self.styled.conversation(self.known + index)
         if self.who:
             chat = told_who(chat, self.who)
@@ -105,10 +118,23 @@ def words(text: str) -> frozenset[str]:
 
 @lru_cache(maxsize=4)
 def _classifier(problems: StyleProblems) -> StyleClassifier:
-    def texts(conversations: Conversations) -> list[str]:
-        return [answer(conversations.conversation(i)) for i in range(problems.known)]
+    def chats(conversations: Conversations) -> list[Chat]:
+        _require(conversations, problems.known)
+        return [conversations.conversation(i) for i in range(problems.known)]
 
-    return learn_style(texts(problems.styled), texts(problems.plain), problems.order)
+    styled, plain = chats(problems.styled), chats(problems.plain)
+    asked = [m.content for chat in plain for m in chat.messages if m.role == "user"]
+    return learn_style(map(answer, styled), map(answer, plain), asked, order=problems.order)
+
+
+def _require(conversations: Conversations, wanted: int) -> None:
+    there = conversations.count()
+    if there is not None and there < wanted:
+        raise ConfigError(
+            f"StyleProblems: {wanted} conversations of {type(conversations).__name__} are needed, "
+            f"to learn the style and to ask about it, but there are {there}; lower `known`, or ask "
+            "fewer problems"
+        )
 
 
 def answer(chat: Chat) -> str:

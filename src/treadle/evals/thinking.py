@@ -18,6 +18,7 @@ import torch
 from pydantic import Field
 
 from treadle.alignment.rewards import PrivatelyReasoned, Reward
+from treadle.core.errors import TreadleError
 from treadle.core.pipeline import Step, Workspace
 from treadle.core.results import (
     EVALUATION,
@@ -68,6 +69,9 @@ class MeasureThinking(Step):
         model, tokenizer = opened.model.eval().requires_grad_(False), tokenizer_of(opened)
         precision = self.precision.resolve("cpu")
         precision.prepare(model)
+        other = self._other(workspace, model.config.vocab)
+        if other is not None:
+            precision.prepare(other)
         autocast = partial(precision.autocast, "cpu")
         engine = Engine(model, tokenizer, self.engine, autocast=autocast)
         put = [(exam, exam.first + i) for exam in self.exams for i in range(exam.count)]
@@ -91,9 +95,7 @@ class MeasureThinking(Step):
         results["answer length"] = mean_of(lengths, "tokens")
         forms = [self.format(p, c.text) for p, c in zip(problems, given, strict=True)]
         results["format kept"] = mean_of(forms, "score")
-        if self.against is not None:
-            other = self.against.open(workspace).model.eval().requires_grad_(False)
-            precision.prepare(other)
+        if other is not None:
             pieces = [_piece(p, c) for p, c in zip(prompts, given, strict=True) if c.tokens]
             with autocast():
                 results["KL"] = mean_of(distances(model, other, pieces, self.tokens), "nats")
@@ -106,6 +108,18 @@ class MeasureThinking(Step):
             "parameters": sum(p.numel() for p in model.parameters()),
             "cut_off": sum(c.finish == "length" for c in given) / len(given),
         }
+
+    def _other(self, workspace: Workspace, vocab: int) -> DecoderModel | None:
+        """Opened before anything is generated: what does not fit is known at once."""
+        if self.against is None:
+            return None
+        other = self.against.open(workspace).model.eval().requires_grad_(False)
+        if other.config.vocab != vocab:
+            raise TreadleError(
+                f"{self.name}: the model to compare with has {other.config.vocab} tokens, the one "
+                f"that is measured {vocab}: name in `against` the model that it was made of"
+            )
+        return other
 
 
 def by_family(samples: Sequence[Sample]) -> dict[str, Figure]:

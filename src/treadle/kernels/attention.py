@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from treadle.kernels.short_attention import is_short, short_attention
+
 
 @dataclass(frozen=True)
 class AttentionRule:
@@ -111,6 +113,9 @@ def attention(
         return attention_reference(q, k, v, mask, rule)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
+    if is_short(q, k, v):
+        causal = mask is None and rule.causal
+        return short_attention(q, k, v, mask, causal=causal, scale=rule.scale)
     return F.scaled_dot_product_attention(
         q,
         k,

@@ -13,12 +13,13 @@ Dettmers 2016, arXiv:1511.04561; Dettmers et al. 2022, arXiv:2110.02861.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 BLOCK = 256
@@ -49,16 +50,33 @@ def into_codes(x: Float[Tensor, "..."], *, signed: bool = True) -> DynamicCodes:
     missing = -x.numel() % BLOCK
     blocks = F.pad(x.float().flatten(), (0, missing)).view(-1, BLOCK)
     peaks = blocks.abs().amax(1)
-    table = dynamic_table(signed, x.device)
-    exact = blocks * (1 / peaks.clamp(min=1e-38))[:, None]
-    codes = torch.bucketize(exact, (table[1:] + table[:-1]) / 2, out_int32=True).to(torch.uint8)
-    return DynamicCodes(codes.flatten()[: x.numel()].view(x.shape), peaks)
+    exact = (blocks * (1 / peaks.clamp(min=1e-38))[:, None]).flatten()
+    lowest, bounds = _search(signed, x.device)
+    low = lowest.index_select(0, (exact.view(torch.int32) >> 16).bitwise_and_(0xFFFF))
+    codes = low.add_(exact > bounds.index_select(0, low)).to(torch.uint8)
+    return DynamicCodes(codes[: x.numel()].view(x.shape), peaks)
+
+
+@cache
+def _search(
+    signed: bool, device: torch.device
+) -> tuple[Int[Tensor, " 65536"], Float[Tensor, " 256"]]:
+    """For the upper 16 bits of a number the lowest code it can have; each code's upper bound.
+
+    Numbers that share these bits lie closer together than two bounds do, so each has its lowest
+    code or the next: one comparison instead of eight.
+    """
+    table = dynamic_table(signed, device)
+    bounds = (table[1:] + table[:-1]) / 2
+    upper = torch.arange(1 << 16, device=device, dtype=torch.int32) << 16
+    least = torch.where(upper < 0, upper | 0xFFFF, upper).view(torch.float32)
+    return torch.bucketize(least, bounds, out_int32=True), F.pad(bounds, (0, 1), value=math.inf)
 
 
 def from_codes(stored: DynamicCodes, *, signed: bool = True) -> Float[Tensor, "..."]:
     """The numbers, in fp32."""
     table, codes = dynamic_table(signed, stored.codes.device), stored.codes.flatten()
-    values = table[codes.int()]
+    values = table.index_select(0, codes.int())
     if values.numel() % BLOCK:
         peaks = stored.peaks.repeat_interleave(BLOCK)[: values.numel()]
         return values.mul_(peaks).view(stored.codes.shape)

@@ -6,6 +6,7 @@ out, and for seeing how far seeds differ. What it says of methods holds for this
 
 from __future__ import annotations
 
+from treadle.alignment.reasoning_gym import Family, ReasoningGym
 from treadle.alignment.samplers import OwnWeights
 from treadle.alignment.worked_solutions import WorkedSolutions
 from treadle.core.pipeline import Pipeline
@@ -15,7 +16,6 @@ from treadle.models.llama import tiny_llama
 from treadle.models.source import Fresh
 from treadle.objectives.causal import CausalLM
 from treadle.optim.adamw import AdamW
-from treadle.recipes.compare_policies import SUMS
 from treadle.recipes.policy_methods import Contest
 from treadle.reports.report import Report
 from treadle.reports.seeds import SeedTable
@@ -26,17 +26,19 @@ from treadle.train.run import Run, Trained
 from treadle.train.tokenizer import TrainTokenizer
 
 VOCABULARY = 300
-EASY = SUMS.replace(
+SUMS = ReasoningGym(
     families=(
-        SUMS.families[0].replace(
-            settings=(("min_terms", 2), ("max_terms", 2), ("min_digits", 1), ("max_digits", 2))
+        Family(
+            name="chain_sum",
+            settings=(("min_terms", 2), ("max_terms", 2), ("min_digits", 1), ("max_digits", 2)),
         ),
-    )
+    ),
+    instruction="",
 )
 
 
 def compare_policies_small() -> Pipeline:
-    worked = WorkedSolutions(problems=EASY, amount=8192)
+    worked = WorkedSolutions(problems=SUMS, amount=8192)
     decoder = tiny_llama(VOCABULARY, dim=128, layers=4, heads=4, kv_heads=2, context=256)
     start = Run(
         name="sft",
@@ -48,8 +50,9 @@ def compare_policies_small() -> Pipeline:
         minutes=2.0,
     )
     contest = Contest(
-        start="sft",
-        problems=EASY,
+        start=Trained(step="sft"),
+        problems=SUMS,
+        held_out=SUMS.replace(split="heldout"),
         sampler=OwnWeights(),
         longest=32,
         lots=24,

@@ -12,14 +12,15 @@ from treadle.alignment.advantages import (
     LeaveOneOut,
 )
 from treadle.alignment.ppo import PPORollouts
-from treadle.alignment.reasoning_gym import ReasoningGym
 from treadle.alignment.rollouts import Rollouts
 from treadle.alignment.samplers import Sampler
 from treadle.alignment.value_head import ValueHead
 from treadle.core.pipeline import Step
+from treadle.data.problems import Problems
 from treadle.evals.evaluate import Evaluate, Exam
 from treadle.inference.sampling import Sampling
 from treadle.models.source import ModelSource
+from treadle.models.transform import Transform
 from treadle.objectives.policy import (
     GRPO,
     ClippedRatio,
@@ -39,15 +40,21 @@ from treadle.train.run import Run, Trained
 class Contest:
     """What all methods have in common: the start, the problems and the budget of samples."""
 
-    start: str
-    """The step that trained the start."""
-    problems: ReasoningGym
+    start: ModelSource
+    problems: Problems
+    """With a seed, which the contest sets."""
+    held_out: Problems
+    """Of the same kind, none of which is trained on."""
     sampler: Sampler
     longest: int
     """Tokens of an answer at most."""
     lots: int
     """Times that `prompts` x `completions` answers are sampled."""
     lr: float
+    transforms: tuple[Transform, ...] = ()
+    """What is trained of the start; all of it if empty."""
+    temperature: float = 0.0
+    """Of the answers that are measured."""
     seeds: int = 3
     prompts: int = 8
     completions: int = 8
@@ -66,7 +73,9 @@ class Contest:
             # Each lot is learned in two halves, so PPO takes twice the steps with equal samples.
             lots = PPORollouts(rollouts=self.rollouts(seed), epochs=1, minibatches=2)
             ppo = self.run(f"ppo-s{seed}", seed).replace(
-                transforms=(ValueHead(),), source=lots, fit=Fit(steps=2 * self.lots)
+                transforms=(*self.transforms, ValueHead()),
+                source=lots,
+                fit=Fit(steps=2 * self.lots),
             )
             found += [ppo, self.measured(ppo.name)]
         return found
@@ -74,7 +83,8 @@ class Contest:
     def run(self, name: str, seed: int) -> Run:
         return Run(
             name=name,
-            model=Trained(step=self.start),
+            model=self.start,
+            transforms=self.transforms,
             source=self.rollouts(seed),
             objective=PPO(),
             optimizer=AdamW(lr=self.lr),
@@ -94,18 +104,13 @@ class Contest:
         )
 
     def measured(self, subject: str, model: ModelSource | None = None) -> Evaluate:
-        """Held-out problems, answered greedily."""
-        exam = Exam(
-            name=self.problems.families[0].name,
-            problems=self.problems.replace(split="heldout", seed=0),
-            count=self.exam,
-        )
+        """Held-out problems."""
         return Evaluate(
             name=f"measure-{subject}",
             subject=subject,
             model=model or Trained(step=subject),
-            exams=(exam,),
-            sampling=Sampling(temperature=0.0, max_tokens=self.longest),
+            exams=(Exam(name="held out", problems=self.held_out, count=self.exam),),
+            sampling=Sampling(temperature=self.temperature, max_tokens=self.longest),
             minutes=0.3,
         )
 

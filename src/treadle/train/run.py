@@ -92,6 +92,7 @@ class Run(Training):
             device=str(world.device),
             autocast=partial(precision.autocast, world.device),
             workspace=workspace,
+            steps=self.fit.steps,
         )
         env.scratch.mkdir(exist_ok=True)
         seed_everything(self.seed + 1 + world.rank)  # dropout: each rank its own

@@ -62,7 +62,7 @@ def require_plain(model: DecoderModel) -> None:
         raise ConfigError(
             f"the model {'has' if is_new else 'lacks'} {_some(changed)}, "
             f"which its config {'does not have' if is_new else 'has'}; "
-            "merge adapters and undo other transforms before saving"
+            "merge adapters, and take off heads and other transforms, first"
         )
 
 
