@@ -8,8 +8,10 @@ import pytest
 from low_problems import Low, model_that_ends, said
 from tiny_generation import END, byte_tokenizer
 
-from treadle.alignment.accepted import Accepted, Agreeing, Hint, with_hint
-from treadle.alignment.rollouts import Rollouts
+from treadle.alignment.accepted import Accepted, Agreeing, Hint, Rewarded, with_hint
+from treadle.alignment.rejection import accepted_texts
+from treadle.alignment.rollouts import Group, Rollouts
+from treadle.alignment.scoring import Scored
 from treadle.core.errors import TreadleError
 from treadle.data.problems import Problems
 from treadle.data.source import Env
@@ -99,6 +101,16 @@ def test_the_majority_is_learned(tmp_path: Path) -> None:
     stream.place = 10
     with pytest.raises(TreadleError, match="no answer was accepted by Agreeing in 8 rounds"):
         next(stream)
+
+
+def test_what_nobody_could_verify_is_not_accepted() -> None:
+    """Though a threshold of 0 accepts any marks."""
+    scores = tuple(Scored(v, failure=f) for v, f in ((0.0, ""), (0.0, "oops"), (1.0, "")))
+    group = Group(Low().problem(0), (1,), said(["wrong", "odd", "right"]), scores)
+    assert Rewarded(threshold=0.0)(group) == [True, False, True]
+    assert Rewarded()(group) == [False, False, True]
+    assert accepted_texts(group, 0.0) == ["wrong", "right"]
+    assert accepted_texts(group, 1.0) == ["right"]
 
 
 class Solved(Hook):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,8 @@ from treadle.alignment.confidence import (
 from treadle.core.errors import TreadleError
 from treadle.data.records import Preference, assistant, user
 from treadle.data.source import Env
+from treadle.models.transform import transformed
+from treadle.peft.lora import LoRA
 
 
 def planted(noise: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,6 +68,29 @@ def test_the_fit_is_the_minimum() -> None:
         np.testing.assert_allclose(fit_logistic(x, 0.7).numpy(), best.x, atol=2e-4)
         few = fit_logistic(x, 0.7, steps=8)  # as fast as Newton's method is
         torch.testing.assert_close(few, fit_logistic(x, 0.7), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_the_fit_does_not_go_to_and_fro(scale: float) -> None:
+    """Nearly separable labels, with hardly a penalty: the gradient vanishes all the same."""
+    g = torch.Generator().manual_seed(6)
+    x = scale * torch.randn(100, 60, generator=g, dtype=torch.float64)
+    w = fit_logistic(x, 0.01)
+    gradient = 0.01 * w - x.T @ torch.sigmoid(-(x @ w))
+    assert float(gradient.abs().max()) < 1e-6
+
+
+def test_features_know_no_dropout(tmp_path: Path) -> None:
+    model = transformed(tiny_model(), (LoRA(rank=2, dropout=0.5),))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".B"):
+                parameter.fill_(0.1)
+    here = Env(model=model.train(), tokenizer=byte_tokenizer(), scratch=tmp_path)
+    found = differences(here, pair_trees(), 50)
+    assert model.training
+    model.eval()
+    torch.testing.assert_close(found, differences(here, pair_trees(), 50))
 
 
 def test_margins_do_not_depend_on_units() -> None:

@@ -204,6 +204,7 @@ def test_principles_are_read_and_violations_counted(tmp_path: Path) -> None:
         ("- name: x\n  critique: y\n  revise: z\n  forbid: q", "has no use for `forbid`"),
         ("- name: x\n  critique: y\n  revise: z\n  forbidden: '('", "no regular expression"),
         ("- name: 3\n  critique: y\n  revise: z", "each a text"),
+        ("- name: x\n  critique: y\n  revise: z\n  zeal: q\n  1: q", "has no use for `1`"),
         ("- name: x\n  critique: ''\n  revise: z", "each a text"),
     ],
 )
@@ -214,3 +215,10 @@ def test_files_that_are_no_constitution(text: str, message: str, tmp_path: Path)
         read_constitution(str(path))
     with pytest.raises(TreadleError, match=r"nowhere\.yaml cannot be read"):
         read_constitution(str(tmp_path / "nowhere.yaml"))
+
+
+def test_a_constitution_is_text(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_bytes("- name: \u00fc".encode("latin-1"))
+    with pytest.raises(FileFormatError, match="not valid YAML: 'utf-8' codec can't decode"):
+        read_constitution(str(path))

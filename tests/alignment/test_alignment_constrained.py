@@ -12,6 +12,8 @@ from tiny_generation import byte_tokenizer, tiny_model
 from treadle.alignment.constrained import ConstrainedRollouts
 from treadle.alignment.rewards import Reward
 from treadle.alignment.rollouts import Rollouts
+from treadle.core.pipeline import Pipeline, Workspace
+from treadle.core.progress import Silent
 from treadle.data.problems import Problems
 from treadle.data.records import Problem, user
 from treadle.data.source import Env, Source
@@ -62,6 +64,14 @@ ROLLOUTS = Rollouts(
 def env(model: DecoderModel, folder: Path) -> Env:
     tokenizer = byte_tokenizer().with_template(TEMPLATE)
     return Env(model=model, tokenizer=tokenizer, scratch=folder)
+
+
+class Log(Silent):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
 
 
 class Costs(Hook):
@@ -134,9 +144,12 @@ def test_the_multiplier_and_the_rewards(tmp_path: Path) -> None:
 
 def test_costs_that_fail_count_as_the_highest(tmp_path: Path) -> None:
     source = ConstrainedRollouts(rollouts=ROLLOUTS, cost=Dangerous(broken=True), limit=0.5)
-    stream = source.open(env(tiny_model(), tmp_path))
+    log = Log()
+    workspace = Workspace(tmp_path, tmp_path, Pipeline(name="p", steps=()), log)
+    stream = source.open(replace(env(tiny_model(), tmp_path), workspace=workspace))
     groups = stream.rollouts.roll()
     shaped = stream._shaped(groups)
     odd = [len(c.text) % 2 for g in groups for c in g.completions]
     assert shaped.metrics["costs_failed"] == sum(odd) > 0
+    assert log.lines == ["rollouts: a cost is taken for the highest: ValueError: no idea"]
     assert shaped.metrics["cost"] >= sum(odd) / len(odd)

@@ -115,6 +115,27 @@ def test_demographics(tmp_path: Path) -> None:
     assert groups[1].problem.prompt[0].content == "about Zob"
 
 
+class Wordless(Reward):
+    """Has no score for texts of odd length."""
+
+    def __call__(self, problem: Problem, completion: str) -> float:
+        return praise(completion) if len(completion) % 2 == 0 else float("nan")
+
+
+def test_scores_that_fail_are_counted(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer().with_template(TEMPLATE)
+    env = Env(model=tiny_model(), tokenizer=tokenizer, scratch=tmp_path)
+    stream = FairRollouts(rollouts=ROLLOUTS, score=Wordless(), penalty=0.5).open(env)
+    groups = stream.rollouts.roll()
+    shaped = stream._shaped(groups)
+    texts = [[c.text for c in g.completions] for g in groups]
+    odd = sum(len(t) % 2 for row in texts for t in row)
+    assert shaped.metrics["scores_failed"] == odd > 0
+    scores = torch.tensor([[0.0 if len(t) % 2 else praise(t) for t in row] for row in texts])
+    wanted = torch.tensor([g.rewards for g in groups]) - 0.5 * penalties(scores, [0, 0])
+    torch.testing.assert_close(shaped.rewards, wanted)
+
+
 def test_bad_sets_are_refused() -> None:
     with pytest.raises(ValueError, match="no multiple of the 2 names"):
         FairRollouts(rollouts=ROLLOUTS.replace(prompts=3), score=Praise())

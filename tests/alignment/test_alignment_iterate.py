@@ -192,6 +192,29 @@ def test_prompts_beyond_the_context_are_counted(tmp_path: Path) -> None:
     assert {r["prompt"][0]["content"] for r in rows} == {"short"}
 
 
+def test_win_rates_count_what_was_decided(tmp_path: Path) -> None:
+    """A doubtful win is a win; prompts without room are counted."""
+
+    class Leaning(Labeller):
+        def __call__(self, comparisons, problems, workspace):
+            return [Verdict(p) for p in (0.6, 0.5, 0.1, 0.9)]
+
+    step = WinRate(
+        name="win",
+        subject="s",
+        model=IteratedModel(),
+        against=IteratedModel(),
+        problems=LongAtTimes(),
+        count=4,
+        sampling=SAMPLING,
+        labeller=Leaning(),
+    )
+    found = step.execute(Workspace(tmp_path, tmp_path, PIPELINE))
+    assert found["results"]["win rate"]["value"] == (1 + 0.5 + 0 + 1) / 4
+    assert found["results"]["win rate"]["n"] == 4
+    assert found["prompts_too_long"] == 2
+
+
 def test_answers_of_an_interrupted_step_are_kept(tmp_path: Path) -> None:
     """What a person has labelled is what is labelled further."""
 

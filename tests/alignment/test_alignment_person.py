@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import socket
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from treadle.alignment.feedback import Comparison, Verdict
-from treadle.alignment.person import ByPerson, Desk
+from treadle.alignment.person import ByPerson, Desk, _handler
 from treadle.core.errors import TreadleError
 from treadle.core.pipeline import Pipeline, Workspace
 from treadle.core.progress import Progress, Silent
@@ -105,6 +106,26 @@ def post(url: str, body: str, kind: str) -> int:
             return answer.status
     except urllib.error.HTTPError as error:
         return error.code
+
+
+def test_whoever_leaves_before_the_reply_has_said_it(tmp_path: Path) -> None:
+    """The last verdict ends the session, though its page was closed at once."""
+    desk = Desk(PAIRS[:1], tmp_path / "labels.jsonl", seed=0)
+
+    class Gone(_handler(desk)):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.path = "/label"
+            body = json.dumps({"number": 0, "choice": "same"}).encode()
+            self.headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+            self.rfile = io.BytesIO(body)
+
+        def _answer(self, status: int, body: bytes, kind: str) -> None:
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        Gone().do_POST()
+    assert desk.finished.is_set()
+    assert verdicts(desk) == [0.5]
 
 
 def test_a_person_in_a_browser(tmp_path: Path) -> None:

@@ -21,11 +21,13 @@ from treadle.core.errors import TreadleError
 from treadle.data.source import Env, Source
 from treadle.data.split import LeakFreeSplit
 from treadle.models.decoder import DecoderModel
+from treadle.models.transform import transformed
 from treadle.objectives.dpo import DPO, orpo, sequence_logprobs
 from treadle.objectives.kto import KTO
 from treadle.objectives.objective import Objective
 from treadle.optim.adamw import AdamW
 from treadle.optim.schedules import Constant
+from treadle.peft.lora import LoRA
 from treadle.train.fit import Fit, fit
 from treadle.train.hooks import Hook, StepReport
 from treadle.train.parallel.plan import SingleProcess
@@ -228,6 +230,39 @@ def test_judged_answers_meet_an_answer_to_another_prompt(tmp_path: Path) -> None
     labels = [stream.config.answers.answer(i).good for i in range(3)]
     assert labels == [True, False, True]
     assert len(batch.good) * 2 == batch.sequence_count
+
+
+def test_an_empty_answer_costs_no_other(tmp_path: Path) -> None:
+    """It is left out itself, and what it stands beside meets the answer after it."""
+    path = tmp_path / "judged.jsonl"
+    rows = [
+        {"prompt": f"p{i}", "completion": said, "label": i != 1}
+        for i, said in enumerate(("c0", " ", "c2"))
+    ]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    judged = JudgedFiles(path=str(path), parts=WHOLE)
+    stream = Judgements(answers=judged).open(env(tiny_model(), tmp_path))
+    assert json.loads((tmp_path / "left_out.json").read_text()) == {"1": "an answer is empty"}
+    texts = [
+        [byte_tokenizer().decode(list(p.tokens)).strip() for p in stream.tree(i)] for i in (0, 2)
+    ]
+    assert texts == [["u:p0\na:", "c0", "c2"], ["u:p2\na:", "c2", "c0"]]
+
+
+def test_references_know_no_dropout(tmp_path: Path) -> None:
+    """A model that is trained on from an adapter with dropout."""
+    model = transformed(tiny_model(), (LoRA(rank=2, dropout=0.5),))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".B"):
+                parameter.fill_(0.1)
+    model.train()
+    stream = source(tmp_path).open(env(model, tmp_path))
+    assert model.training
+    batch = next(stream).batches[0]
+    with torch.no_grad():
+        own = sequence_logprobs(model.eval(), batch)
+    torch.testing.assert_close(batch.reference, own, rtol=1e-4, atol=1e-4)
 
 
 def test_one_prompt_is_not_enough_for_kto(tmp_path: Path) -> None:

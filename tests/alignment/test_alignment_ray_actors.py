@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,6 +79,112 @@ def test_tokenizers_travel() -> None:
     assert built.encode(text) == tokenizer.encode(text)
     assert built.stop_ids == tokenizer.stop_ids
     assert built.render([user("hi").plain()], add_generation_prompt=True) == text
+
+
+class DeadActorError(Exception):
+    """As Ray has it."""
+
+
+class FakeRay:
+    """Actors in this process, which die when they are told to."""
+
+    exceptions = SimpleNamespace(RayActorError=DeadActorError)
+
+    def __init__(self, deaths: int = 0) -> None:
+        self.deaths, self.running = deaths, False
+        self.begun: list[float] = []
+        self.set_aside: list[float] = []
+        self.shares: list[int] = []
+
+    def is_initialized(self) -> bool:
+        return self.running
+
+    def init(self, num_cpus: float, **rest: bool) -> None:
+        self.running = True
+        self.begun.append(num_cpus)
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": self.begun[-1]} if self.begun else {}
+
+    def put(self, value: object) -> object:
+        return value
+
+    def get(self, made: Callable[[], object]) -> object:
+        return made()
+
+    def remote(self, num_cpus: float) -> Callable[[type], SimpleNamespace]:
+        self.set_aside.append(num_cpus)
+
+        def hired(*arguments: object) -> SimpleNamespace:
+            def sample(weights: object, requests: list[int]) -> Callable[[], object]:
+                def made() -> object:
+                    if self.deaths:
+                        self.deaths -= 1
+                        raise DeadActorError("gone")
+                    self.shares.append(len(requests))
+                    return [[10 * r] for r in requests]
+
+                return made
+
+            return SimpleNamespace(sample=SimpleNamespace(remote=sample))
+
+        return lambda kind: SimpleNamespace(remote=hired)
+
+
+def faked(monkeypatch: pytest.MonkeyPatch, deaths: int = 0) -> FakeRay:
+    fake = FakeRay(deaths)
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    monkeypatch.setitem(sys.modules, "ray.exceptions", fake.exceptions)
+    return fake
+
+
+@pytest.mark.parametrize(
+    ("workers", "cores", "begun"), [(2, 1.0, 2), (5, 0.5, 3), (1, 2.5, 3), (3, 0.0, 1)]
+)
+def test_a_cluster_has_room_for_all_workers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, workers: int, cores: float, begun: int
+) -> None:
+    """One that finds no core would be waited for without end."""
+    fake = faked(monkeypatch)
+    Pool(RayActors(workers=workers, cores=cores), env(tmp_path), 4)
+    assert fake.begun == [begun]
+    assert fake.set_aside == [cores] * workers
+    Pool(RayActors(workers=workers, cores=cores), env(tmp_path), 4)
+    assert fake.begun == [begun], "one that runs is used"
+
+
+def test_workers_that_find_no_core_are_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake, log = faked(monkeypatch), Log()
+    fake.init(num_cpus=2)
+    Pool(RayActors(workers=2), env(tmp_path, log), 4)
+    assert log.lines == []
+    Pool(RayActors(workers=5, cores=0.5), env(tmp_path, log), 4)
+    assert log.lines == ["rollouts: the workers wait for 2.5 cores, but Ray has 2"]
+
+
+def test_shares_are_dealt_out_and_put_back_in_order(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake = faked(monkeypatch)
+    pool = Pool(RayActors(workers=3), env(tmp_path), 4)
+    assert pool.sample(range(7)) == [[10 * i] for i in range(7)]
+    assert fake.shares == [3, 2, 2]
+    assert pool.sample(range(2)) == [[0], [10]]
+    assert fake.shares[3:] == [1, 1], "who has nothing to do is not asked"
+
+
+def test_deaths_are_named_and_limited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake, log = faked(monkeypatch, deaths=2), Log()
+    pool = Pool(RayActors(workers=2, replacements=2), env(tmp_path, log), 4)
+    assert pool.sample(range(4)) == [[10 * i] for i in range(4)]
+    died = "rollouts: worker 0 died and is replaced; its share is redone"
+    assert log.lines == [died, died]
+    assert pool.replaced == 2
+    fake.deaths = 3
+    with pytest.raises(TreadleError, match=r"3 rollout workers died in one step \(last: gone\)"):
+        pool.sample(range(4))
 
 
 @pytest.fixture(scope="module")

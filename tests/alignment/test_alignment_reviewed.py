@@ -19,9 +19,10 @@ from treadle.alignment.reviewed import (
     first_mistake,
 )
 from treadle.alignment.rollouts import Rollouts
+from treadle.alignment.scoring import scorer
 from treadle.alignment.worked_solutions import worked_solution
 from treadle.core.errors import TreadleError
-from treadle.data.records import assistant, user
+from treadle.data.records import Problem, assistant, user
 from treadle.data.source import Env
 from treadle.inference.engine import Engine
 from treadle.inference.reasoning.critique import CritiqueAndRefine
@@ -95,6 +96,34 @@ def test_all_answers_without_balance(tmp_path: Path) -> None:
         next(stream(tmp_path, right))
     work = next(stream(tmp_path, right, balance=False))
     assert [word for _, word in learned(work)] == ["Yes."] * 4
+
+
+class Unsure(Low):
+    """Its verifier fails for what begins with a bang."""
+
+    def score(self, problem: Problem, completion: str) -> float:
+        if completion.startswith("!"):
+            raise ValueError("who knows")
+        return super().score(problem, completion)
+
+
+def test_what_nobody_could_verify_teaches_nothing(tmp_path: Path) -> None:
+    groups = [["low", "!", "!!", "\u00ff"], ["low", "!", "\u00fe", "\u00fd"]]
+    made = stream(tmp_path, groups, balance=False)
+    made.rollouts.score = scorer(Unsure(), None, 1.0)
+    work = next(made)
+    assert not any("!" in text for text, _ in learned(work) + learned(next(made)))
+    assert (work.metrics["right_answers"], work.metrics["wrong_answers"]) == (2, 3)
+    assert work.metrics["reward"] == 2 / 8
+
+
+def test_lessons_longer_than_the_context_are_counted(tmp_path: Path) -> None:
+    long = "low" * 30
+    work = next(stream(tmp_path, [[long, "low", "a", "b"], [long, "c", "d", "e"]], balance=False))
+    assert work.metrics["lessons_too_long"] == 2
+    assert not any(long in text for text, _ in learned(work))
+    with pytest.raises(TreadleError, match="or lessons longer than the context"):
+        next(stream(tmp_path, [[long] * 4] * 2, balance=False))
 
 
 GCD = ReasoningGym(families=(Family(name="gcd", settings=(("max_value", 100),)),))

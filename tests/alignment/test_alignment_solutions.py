@@ -186,6 +186,9 @@ def test_the_best_worst_step_is_chosen() -> None:
     [
         ({"prompt": "p", "labels": []}, "row 1: it lacks `completions`"),
         ({"prompt": "p", "completions": ["a"], "labels": []}, "1 completions, but 0 labels"),
+        ({"prompt": "p", "completions": "ab", "labels": [1, 1]}, "`prompt` is a text, the others"),
+        ({"prompt": "p", "completions": ["a"], "labels": None}, "`prompt` is a text, the others"),
+        ({"prompt": [], "completions": ["a"], "labels": [1]}, "`prompt` is a text, the others"),
         ({"prompt": "p", "completions": ["a"], "labels": [2]}, "true, false, or probabilities"),
         ({"prompt": "p", "completions": ["a"], "labels": ["x"]}, "true, false, or probabilities"),
     ],

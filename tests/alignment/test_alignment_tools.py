@@ -315,6 +315,20 @@ def test_nothing_that_fails_ends_the_run(tmp_path: Path) -> None:
     assert all(math.isfinite(v) for v in work.metrics.values())
 
 
+@pytest.mark.parametrize("reward", [None, "much"])
+def test_a_reward_that_is_no_number_is_a_fault(reward: object) -> None:
+    class Odd(Play):
+        def hear(self, seat: int, said: str) -> Heard:
+            return Heard(None, rewards=(1.0, reward))  # type: ignore[arg-type]
+
+    episode = Episode(0, 0, Odd(), (Seat([]), Seat([])))
+    episode.hear("so", 1.0)
+    assert [seat.reward for seat in episode.seats] == [0.0, 0.0]
+    (failure,) = episode.failures
+    assert failure.startswith("TypeError: must be real number")
+    assert episode.speaker is None
+
+
 class Failing(Environment):
     """Every play fails in its own way, without end."""
 

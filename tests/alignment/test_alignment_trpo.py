@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_generation import byte_tokenizer
@@ -15,6 +17,7 @@ from treadle.alignment.rollouts import Rollouts
 from treadle.alignment.trpo import (
     Bounds,
     conjugate_gradient,
+    difference,
     fisher_product,
     logprobs,
     trust_region_step,
@@ -33,6 +36,7 @@ from treadle.nn.block import Block
 from treadle.nn.ffn.ffn import GatedMLP
 from treadle.nn.mixers.attention import Attention
 from treadle.objectives.policy import PolicyBatch
+from treadle.peft.lora import LoRA
 from treadle.train.checkpoint import CheckpointStore
 from treadle.train.state import TrainState
 
@@ -49,14 +53,18 @@ def policy(vocab: int = 7) -> DecoderModel:
     return model
 
 
-def lot(advantages: list[float], temperature: float = 0.9) -> PolicyBatch:
-    """A prompt and one answer for each advantage."""
+def lot(
+    advantages: list[float], temperature: float = 0.9, weights: torch.Tensor | None = None
+) -> PolicyBatch:
+    """A prompt and one answer of four tokens for each advantage."""
     generator = torch.Generator().manual_seed(1)
     pieces = [Piece([1, 2, 3], [False] * 3)]
     for _ in advantages:
         tokens = torch.randint(0, 7, (4,), generator=generator).tolist()
         pieces.append(Piece(tokens, [True] * 4, 0))
     batch = assemble(pieces)
+    if weights is not None:
+        batch = replace(batch, weights=weights)
     values = torch.tensor(advantages, dtype=torch.float64)
     return PolicyBatch(
         **{n: getattr(batch, n) for n in type(batch).__dataclass_fields__},
@@ -66,11 +74,20 @@ def lot(advantages: list[float], temperature: float = 0.9) -> PolicyBatch:
     )
 
 
+def weighted() -> list[PolicyBatch]:
+    """Two lots whose tokens do not count alike."""
+    weights = torch.linspace(0.2, 1.6, 20, dtype=torch.float64)
+    return [
+        lot([1.0, -0.5], weights=weights[:8]),
+        lot([0.3, -2.0, 0.7], weights=weights[8:]),
+    ]
+
+
 def explicit(model: DecoderModel, batches: list[PolicyBatch]) -> tuple[torch.Tensor, torch.Tensor]:
     """The Fisher matrix and the policy gradient, one log-probability after another."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     size = sum(p.numel() for p in parameters)
-    fisher, gradient, count = torch.zeros(size, size).double(), torch.zeros(size).double(), 0
+    fisher, gradient, count = torch.zeros(size, size).double(), torch.zeros(size).double(), 0.0
     for batch in batches:
         logits = model.logits(model(batch.tokens, batch.context())[batch.sources])
         logp = (logits / batch.temperature).log_softmax(-1)
@@ -78,15 +95,16 @@ def explicit(model: DecoderModel, batches: list[PolicyBatch]) -> tuple[torch.Ten
             for token in range(logp.shape[1]):
                 d = torch.autograd.grad(logp[t, token], parameters, retain_graph=True)
                 row = parameters_to_vector(d)
-                fisher += logp[t, token].exp().detach() * torch.outer(row, row)
+                weight = batch.weights[t]
+                fisher += weight * logp[t, token].exp().detach() * torch.outer(row, row)
                 if token == target:
-                    gradient += batch.advantages[t] * row
-            count += 1
+                    gradient += weight * batch.advantages[t] * row
+            count += float(batch.weights[t])
     return fisher / count, gradient / count
 
 
 def test_the_step_is_that_of_the_explicit_fisher() -> None:
-    model, batches = policy(), [lot([1.0, -0.5]), lot([0.3, -2.0, 0.7])]
+    model, batches = policy(), weighted()
     parameters = [p for p in model.parameters() if p.requires_grad]
     before = [logprobs(model, b).detach() for b in batches]
     fisher, gradient = explicit(model, batches)
@@ -102,20 +120,47 @@ def test_the_step_is_that_of_the_explicit_fisher() -> None:
     assert float((moved - taken.scale * step).norm() / moved.norm()) < 1e-4
     vector_to_parameters(old + moved, parameters)
     now = [logprobs(model, b).detach() for b in batches]
-    kl = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(before, now, strict=True)]).mean()
-    assert taken.kl == pytest.approx(float(kl))
+    kl, gain, count = 0.0, 0.0, 0.0
+    for batch, p, q in zip(batches, before, now, strict=True):
+        for t, target in enumerate(batch.targets.tolist()):
+            weight = float(batch.weights[t])
+            ratio = math.exp(q[t, target] - p[t, target])
+            kl += weight * float(sum(p[t].exp() * (p[t] - q[t])))
+            gain += weight * float(batch.advantages[t]) * (ratio - 1)
+            count += weight
+    assert taken.kl == pytest.approx(kl / count)
     assert 0.2 * BOUNDS.delta < taken.kl <= BOUNDS.delta
+    assert taken.gain == pytest.approx(gain / count)
     assert taken.gain > 0
 
 
 def test_the_mismatch_is_the_mean_gap_of_sampled_tokens() -> None:
-    model, batches = policy(), [lot([1.0, -0.5]), lot([0.3])]
-    gaps = []
+    model, batches = policy(), weighted()
+    total = weight = 0.0
     for batch in batches:
         logp = logprobs(model, batch).detach()
         for t, target in enumerate(batch.targets.tolist()):
-            gaps.append(abs(float(logp[t, target] - batch.behaviour[t])))
-    assert trust_region_step(model, batches, BOUNDS).mismatch == pytest.approx(sum(gaps) / 12)
+            total += float(batch.weights[t]) * abs(float(logp[t, target] - batch.behaviour[t]))
+            weight += float(batch.weights[t])
+    found = trust_region_step(model, batches, BOUNDS).mismatch
+    assert found == pytest.approx(total / weight)
+
+
+def test_differences_are_as_long_as_float64_bears() -> None:
+    """The cube root of the machine's epsilon, for a direction of length 1 from the origin."""
+    here, v = torch.tensor([3.0, 0.0, 4.0]).double(), torch.tensor([0.0, 2.0, 0.0]).double()
+    assert difference(here, v) == pytest.approx(np.finfo(np.float64).eps ** (1 / 3) * 6 / 2)
+    assert difference(here.float(), v.float()) == pytest.approx(
+        np.finfo(np.float32).eps ** (1 / 3) * 3, rel=1e-6
+    )
+    assert math.isfinite(difference(here, 0 * v))
+
+
+def test_dropout_is_no_change_of_the_policy(tmp_path: Path) -> None:
+    """Adapters with dropout: steps keep to the bound, and what was measured is repeated."""
+    first = step(steps=2, transforms=(LoRA(rank=2, dropout=0.9),))
+    execute(Pipeline(name="p", steps=(first,)), tmp_path)
+    assert all(row["scale"] > 0 and row["mismatch"] < 1e-4 for row in rows(tmp_path))
 
 
 def test_logprobs_are_not_rounded_with_the_model() -> None:

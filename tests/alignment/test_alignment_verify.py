@@ -38,6 +38,17 @@ def isolated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return request.param
 
 
+def test_bubblewrap_is_used_where_it_works() -> None:
+    """Else all tests of what it does would be skipped without a word."""
+    try:
+        plain = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "true"]
+        works = subprocess.run(plain, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        works = False
+    assert bubblewrap_works() == works
+    assert run_python("").isolation == ("bubblewrap" if works else "rlimits")
+
+
 @pytest.mark.parametrize("instead", ["os.symlink({secret!r}, name)", "os.mkfifo(name)"])
 def test_output_is_what_was_written(isolated: str, instead: str, tmp_path: Path) -> None:
     """Nothing that a program puts in the place of a file is read for it, or waited for."""

@@ -298,6 +298,10 @@ def test_early_stops_are_overruled() -> None:
         ("<think>never ends", "", "never ends"),
         ("before <think>x</think>y<think>z</think> after", "before y after", "x"),
         ("plain", "plain", ""),
+        ("secret</think>seen <think>more</think>\n\nend", "seen end", "secret"),
+        ("one</think>two</think>seen", "seen", "one"),
+        ("<think>a<think>b</think>c</think>seen", "seen", "a<think>b"),
+        ("<think>x</think>" * 2000 + "seen", "seen", "x"),
     ],
 )
 def test_private_reasoning_is_hidden(text: str, shown: str, hidden: str) -> None:

@@ -211,6 +211,14 @@ def test_lines_are_as_sure_as_their_tokens() -> None:
     assert mind.seeds == [5, 9]
 
 
+def test_an_answer_in_private_is_not_final() -> None:
+    """What the caller does not see is not taken for the end of a search either."""
+    mind = Thinker(None, lambda t: "5" if "Answer: 5" in t else None)  # type: ignore[arg-type]
+    space = LineSpace(TreeOfThoughts(), mind, Ask(0, ({"role": "user", "content": "q"},)))
+    found = [space.final(s) for s in ("<think>\nAnswer: 5\n", "<think>\n</think>\nAnswer: 5\n", "")]
+    assert found == [False, True, False]
+
+
 class Opinionated(Thinker):
     def ask(self, asks: Sequence[Ask], sampling: Sampling, n: int = 1) -> list[list[Completion]]:
         said = ["Likely so", "unlikely", " likely"]

@@ -6,7 +6,9 @@ import pytest
 import torch
 from tiny_generation import byte_tokenizer, tiny_model
 
+from treadle.core.errors import TreadleError
 from treadle.inference.engine import Engine
+from treadle.inference.reasoning import verdict
 from treadle.inference.reasoning.strategy import Ask, Thinker
 from treadle.inference.reasoning.verdict import ASK, ByVerdict
 from treadle.inference.reasoning.votes import BestOfN
@@ -41,6 +43,13 @@ def test_the_score_is_the_probability_of_yes() -> None:
         assert score == pytest.approx(float(both[0]), abs=1e-4)
     assert len({round(score, 3) for score in found}) == 3
     assert thinker.spent == {0: 3}, "a verdict costs a token"
+
+
+def test_words_that_begin_alike_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their odds would be those of one token against itself: every text would be worth a half."""
+    monkeypatch.setattr(verdict, "NO", "Yikes.")
+    with pytest.raises(TreadleError, match=r"begins `Yes\.` and `Yikes\.` alike"):
+        ByVerdict()(asker(), Ask(0, TURNS), ["x"], [Completion((), "x", (), "stop")])
 
 
 def test_a_text_without_room_for_a_verdict_comes_last() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
-from treadle.alignment.feedback import Comparison, Labeller, Verdict
+from treadle.alignment.feedback import Comparison, Labeller, Verdict, decided
 from treadle.alignment.iterate import different, judged
 from treadle.alignment.preferences import Pairs
 from treadle.core.errors import TreadleError
@@ -51,8 +51,8 @@ class Agreement(Step):
             raise TreadleError(f"{self.name}: no pair has two different answers")
         verdicts = self.labeller(comparisons, NoMarks(), workspace)
         agreed = [
-            v.first_better if kept else 1 - v.first_better
-            for kept, v in zip(signs, map(decided, verdicts), strict=True)
+            won if kept else 1 - won
+            for kept, won in zip(signs, map(decided, verdicts), strict=True)
         ]
         results: dict[str, Figure] = {"agreement": accuracy(agreed)}
         once = [
@@ -81,12 +81,6 @@ class NoMarks(Problems):
 
     def score(self, problem: Problem, completion: str) -> float:
         raise TreadleError("pairs out of a file have no verifier: take another labeller")
-
-
-def decided(verdict: Verdict) -> Verdict:
-    """The verdict without its doubts: 0, 1/2 or 1."""
-    better = verdict.first_better
-    return Verdict(0.5 if better == 0.5 else float(better > 0.5))
 
 
 def first_order(verdict: Verdict) -> float:

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional as F
 
 from treadle.alignment.reference import evaluating
 from treadle.alignment.trees import Tree, assemble_trees, tree_size
@@ -135,18 +136,26 @@ def held_out_margins(
 def fit_logistic(x: Float[Tensor, "P D"], ridge: float, steps: int = 50) -> Float[Tensor, " D"]:
     """argmin_w sum_i -log sigmoid(x_i . w) + ridge |w|^2 / 2, by Newton's method.
 
-    The steps are taken in the span of the rows, P x P, where features outnumber pairs.
+    A step that would climb is halved: where labels are nearly separable, whole ones go to and fro
+    without end. The steps are taken in the span of the rows, P x P, where features outnumber pairs.
     """
     q, r = torch.linalg.qr(x.T)  # x = r.T q.T, and w lies in the span of q
     z = r.T
     v = torch.zeros(z.shape[1], dtype=x.dtype)
     identity = torch.eye(z.shape[1], dtype=x.dtype)
+
+    def loss(v: Tensor) -> float:
+        return float(ridge * v @ v / 2 - F.logsigmoid(z @ v).sum())
+
+    here = loss(v)
     for _ in range(steps):
         p = torch.sigmoid(-(z @ v))
         gradient = ridge * v - z.T @ p
         hessian = ridge * identity + z.T @ ((p * (1 - p))[:, None] * z)
         step = torch.linalg.solve(hessian, gradient)
-        v = v - step
+        while (there := loss(v - step)) > here and float(step.abs().max()) > 1e-10:
+            step = step / 2
+        v, here = v - step, there
         if float(step.abs().max()) < 1e-10:
             break
     w: Tensor = q @ v

@@ -36,6 +36,12 @@ class Verdict:
     """Why there is no verdict; it is a tie then."""
 
 
+def decided(verdict: Verdict) -> float:
+    """The verdict without its doubts: 1 where the first answer won, 0 where the second, 1/2."""
+    better = verdict.first_better
+    return 0.5 if better == 0.5 else float(better > 0.5)
+
+
 class Labeller(Config):
     """A shape: judges comparisons."""
 

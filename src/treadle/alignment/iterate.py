@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import Field
 
-from treadle.alignment.feedback import ByMarks, Comparison, Labeller, Verdict
+from treadle.alignment.feedback import ByMarks, Comparison, Labeller, Verdict, decided
 from treadle.alignment.preferences import PairFiles, Pairs
 from treadle.core.cards import Card
 from treadle.core.config import Config
@@ -152,7 +152,7 @@ class WinRate(Step):
             for problem, (a,), (b,) in zip(problems, mine.texts, theirs.texts, strict=True)
         ]
         verdicts = self.labeller(comparisons, self.problems, workspace)
-        wins = [v.first_better for v in verdicts]
+        wins = [decided(v) for v in verdicts]
         return {
             "kind": EVALUATION,
             "subject": self.subject,

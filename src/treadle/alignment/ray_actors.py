@@ -101,6 +101,9 @@ class Pool:
 
     def __init__(self, config: RayActors, env: Env, slots: int) -> None:
         self.config, self.env, self.ray = config, env, _ray(config)
+        wanted, there = config.workers * config.cores, self.ray.cluster_resources().get("CPU", 0.0)
+        if wanted > there:  # it may grow: some clusters do
+            env.say(f"rollouts: the workers wait for {wanted:g} cores, but Ray has {there:g}")
         self.parts = self.ray.put((env.model, Spelling.of(env.tokenizer)))
         self.slots, self.replaced = slots, 0
         self.workers = [self._hire() for _ in range(config.workers)]

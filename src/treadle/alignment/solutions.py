@@ -197,8 +197,10 @@ def _read(row: Mapping[str, Any], where: str) -> Solution:
     if missing:
         raise FileFormatError(f"{where}: it lacks `{missing[0]}`; a row has {', '.join(KEYS)}")
     steps, labels, prompt = row["completions"], row["labels"], row["prompt"]
+    if not isinstance(prompt, str) or not isinstance(steps, list) or not isinstance(labels, list):
+        raise FileFormatError(f"{where}: `prompt` is a text, the others are lists")
     if len(steps) != len(labels):
         raise FileFormatError(f"{where}: {len(steps)} completions, but {len(labels)} labels")
     if not all(isinstance(y, int | float) and 0 <= y <= 1 for y in labels):
         raise FileFormatError(f"{where}: labels are true, false, or probabilities")
-    return Solution((user(str(prompt)),), tuple(map(str, steps)), tuple(map(float, labels)))
+    return Solution((user(prompt),), tuple(map(str, steps)), tuple(map(float, labels)))

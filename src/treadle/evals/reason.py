@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
+from treadle.alignment.scoring import require_sound, scorer
 from treadle.alignment.verifiers import extract_answer
 from treadle.core.config import dump
 from treadle.core.files import write_json
@@ -23,6 +24,8 @@ from treadle.tokenizers.load import tokenizer_of
 from treadle.train.precision import Auto, Precision
 
 ANSWERS = "answers.json"
+PATIENCE = 10.0
+"""Seconds after which a verifier is given up: its answer counts as wrong."""
 
 
 class Reason(Step):
@@ -50,28 +53,31 @@ class Reason(Step):
                     answers += said
                     task.update(len(rows), note=label(strategy))
         write_json(workspace.folder / ANSWERS, answers)
-        return {"kind": REASONING, "rows": rows}
+        failed = float(sum(bool(a["failure"]) for a in answers))
+        return {"kind": REASONING, "rows": rows, "verifications_failed": failed}
 
 
 def sit(engine: Engine, strategy: Strategy, exam: Exam) -> tuple[Reasoned, list[dict[str, Any]]]:
-    """One strategy on one exam: the figures, and every answer with its private reasoning."""
+    """One strategy on one exam: the figures, and every answer with its private reasoning.
+
+    Raises:
+        TreadleError: the verifier failed for every answer.
+    """
     problems = [exam.problems.problem(exam.first + i) for i in range(exam.count)]
-    thinker = Thinker(
-        engine,
-        extract_answer,
-        verify=lambda i, text: exam.problems.score(problems[i], text),
-    )
+    check = scorer(exam.problems, None, PATIENCE)
+    thinker = Thinker(engine, extract_answer, verify=lambda i, text: check(problems[i], text).value)
     started = time.monotonic()
     thoughts = strategy(thinker, [turns_of(problem) for problem in problems])
     seconds = time.monotonic() - started
     scores = [
-        exam.problems.score(problem, visible(thought.text))
+        check(problem, visible(thought.text))
         for problem, thought in zip(problems, thoughts, strict=True)
     ]
+    require_sound(scores)
     row: Reasoned = {
         "strategy": label(strategy),
         "exam": exam.name,
-        "accuracy": accuracy(scores),
+        "accuracy": accuracy([s.value for s in scores]),
         "tokens": sum(t.tokens for t in thoughts) / len(thoughts),
         "seconds": seconds,
         "overflows": thinker.overflows,
@@ -83,7 +89,8 @@ def sit(engine: Engine, strategy: Strategy, exam: Exam) -> tuple[Reasoned, list[
             "question": problems[i].prompt[-1].content,
             "answer": visible(thought.text),
             "reasoning": private(thought.text),
-            "score": scores[i],
+            "score": scores[i].value,
+            "failure": scores[i].failure,
             "tokens": thought.tokens,
         }
         for i, thought in enumerate(thoughts)
