@@ -129,6 +129,12 @@ def test_pairs_follow_the_same_text(tmp_path: Path) -> None:
         torch.testing.assert_close(batch.ranked_logprobs[n], expected, atol=1e-4, rtol=1e-4)
 
 
+def test_more_ranks_than_there_are_tokens(tmp_path: Path) -> None:
+    """The last one is what is left."""
+    batch = next(taught_by(OtherTokenizer(ranks=10**4)).open(env(tmp_path))).batches[0]
+    assert batch.ranked_logprobs.shape[1] == merged_tokenizer().vocab_size - 1
+
+
 def test_student_learns_how_sure_its_teacher_is(tmp_path: Path) -> None:
     given = env(tmp_path)
     stream = taught_by(OtherTokenizer(ranks=16)).open(given)

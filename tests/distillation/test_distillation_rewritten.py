@@ -14,7 +14,14 @@ from treadle.core.errors import TreadleError
 from treadle.data.batch import Piece, assemble
 from treadle.data.corpus import TextCorpus
 from treadle.data.source import Env, Source, Stream, Work
-from treadle.distillation.rewritten import ByStudent, ByTeacher, Rewritten, Writer, sequences
+from treadle.distillation.rewritten import (
+    ByStudent,
+    ByTeacher,
+    Rewritten,
+    Writer,
+    Written,
+    sequences,
+)
 from treadle.distillation.taught import Live, Taught
 from treadle.inference.sampling import Sampling
 from treadle.models.decoder import DecoderModel
@@ -104,6 +111,7 @@ def test_resumed_writes_the_same(tmp_path: Path) -> None:
     stream = sampled.open(env(tmp_path))
     next(stream)
     state = stream.state()
+    assert state["step"] == 1
     expected = next(stream)
     again = sampled.open(env(tmp_path))
     again.restore(state)
@@ -145,6 +153,16 @@ def test_weights_and_tasks_of_the_source_stay(tmp_path: Path) -> None:
     assert len(batch.weights) > 4
     (kept,) = next(config.replace(least_logprob=0.0).open(given)).batches
     assert kept.weights.tolist() == [0.25, 0.25, 1.0, 3.0]
+
+
+def test_of_a_short_text_all_but_the_last_token_is_kept() -> None:
+    read = Written((1, 2, 3, 4), (False, True, True, True), (1.0,) * 3)
+    assert [read.prompt(n) for n in (1, 2, 3, 4, 99)] == [
+        *((1,), (1, 2), (1, 2, 3)),
+        *((1, 2, 3), (1, 2, 3)),
+    ]
+    answered = Written((1, 2, 3, 4), (False, False, False, True), (1.0,))
+    assert [answered.prompt(n) for n in (1, 99)] == [(1, 2, 3)] * 2
 
 
 def test_sequences_of_a_tree() -> None:
