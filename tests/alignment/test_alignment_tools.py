@@ -244,6 +244,34 @@ def test_calls_are_answered_whatever_happens(said: str, told: str, failure: str)
     assert bool(heard.failure) == bool(failure)
 
 
+class Wordy(CallableTool):
+    """Says a thousand words, or fails with as many."""
+
+    def name(self) -> str:
+        return "wordy"
+
+    def describe(self) -> str:
+        return "wordy(fail)"
+
+    def __call__(self, arguments: dict[str, str]) -> str:
+        if arguments["fail"]:
+            raise ValueError("x" * 1000)
+        return "x" * 1000
+
+
+def test_what_the_model_hears_is_short() -> None:
+    environment = WithTools(problems=Sum(), tools=(Wordy(),))
+    heard = environment.begin(0).hear(0, call_text("wordy", fail=""))
+    assert heard.told[0] == f"<tool_response>{'x' * 400}</tool_response>"
+    heard = environment.begin(0).hear(0, call_text("wordy", fail="yes"))
+    error = f"ValueError: {'x' * 388}"
+    assert heard.told[0] == f"<tool_response>error: {error}</tool_response>"
+    assert heard.failure == f"tool `wordy`: {error}"
+    assert calculate("10" + "+1" * 199) == 209
+    with pytest.raises(ValueError, match="the expression is too long"):
+        calculate("100" + "+1" * 199)
+
+
 def test_answers_are_scored_and_calls_are_limited() -> None:
     play = SUM.begin(0)
     call = call_text("calculator", expression="2+2")
