@@ -302,3 +302,6 @@ def test_verifiers_tie_and_nothing_decided_is_an_error(tmp_path: Path) -> None:
         execute(Pipeline(name="p", steps=(flat,)), tmp_path / "flat")
     with pytest.raises(TreadleError, match="there are steps in pipelines alone"):
         PairsOf(step="label-1").resolve(None)
+    for ask in (PairsOf(step="label-1").count, lambda: PairsOf(step="label-1").pair(0)):
+        with pytest.raises(TreadleError, match=r"PairsOf\(step=label-1\): not resolved"):
+            ask()

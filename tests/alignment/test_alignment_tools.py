@@ -179,6 +179,8 @@ def test_python_runs_in_the_sandbox() -> None:
     assert tool({"code": "print(6 * 7)"}) == "42"
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
         tool({"code": "1 / 0"})
+    with pytest.raises(RuntimeError, match="status 3"):
+        tool({"code": "import os; os._exit(3)"})
     with pytest.raises(TimeoutError, match=r"no end within 0\.3 s"):
         PythonTool(seconds=0.3)({"code": "while True: pass"})
     if bubblewrap_works():
@@ -270,6 +272,16 @@ def test_what_the_model_hears_is_short() -> None:
     assert calculate("10" + "+1" * 199) == 209
     with pytest.raises(ValueError, match="the expression is too long"):
         calculate("100" + "+1" * 199)
+
+
+def test_a_misconfigured_tool_ends_the_run() -> None:
+    class Missing(BrokenTool):
+        def __call__(self, arguments: dict[str, str]) -> str:
+            raise TreadleError("its library is absent")
+
+    play = WithTools(problems=Sum(), tools=(Missing(),)).begin(0)
+    with pytest.raises(TreadleError, match="its library is absent"):
+        Episode(0, 0, play, (Seat([]),)).hear(call_text("broken", how="so"), 1.0)
 
 
 def test_answers_are_scored_and_calls_are_limited() -> None:
