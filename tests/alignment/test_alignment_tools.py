@@ -246,7 +246,7 @@ def test_calls_are_answered_whatever_happens(said: str, told: str, failure: str)
     assert bool(heard.failure) == bool(failure)
 
 
-class Wordy(CallableTool):
+class LongWinded(CallableTool):
     """Says a thousand words, or fails with as many."""
 
     def name(self) -> str:
@@ -262,7 +262,7 @@ class Wordy(CallableTool):
 
 
 def test_what_the_model_hears_is_short() -> None:
-    environment = WithTools(problems=Sum(), tools=(Wordy(),))
+    environment = WithTools(problems=Sum(), tools=(LongWinded(),))
     heard = environment.begin(0).hear(0, call_text("wordy", fail=""))
     assert heard.told[0] == f"<tool_response>{'x' * 400}</tool_response>"
     heard = environment.begin(0).hear(0, call_text("wordy", fail="yes"))
