@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from reports.fake_run import FakeEvaluate, FakeModel, FakeTrain
@@ -12,6 +14,8 @@ from treadle.core.execute import execute
 from treadle.core.pipeline import Pipeline, Step, Workspace
 from treadle.reports.document import document
 from treadle.reports.folder import read_run
+from treadle.reports.report import render
+from treadle.reports.seeds import SeedTable
 from treadle.reports.stages import Stage
 from treadle.reports.words import order, sentences
 
@@ -111,3 +115,27 @@ def test_ways_that_meet_again_are_a_path(tmp_path: Path) -> None:
     found = made(tmp_path, *trained("sft"), *trained("grpo"), joined, measured("quantised"))
     assert found["result"][0].startswith("The final model (quantised) answers")
     assert found["comparison"]["after"] == "quantised"
+
+
+def test_methods_over_seeds_are_told_together(tmp_path: Path) -> None:
+    """In words and in a table, with means taken here by hand; a run without the table has none."""
+    base = FakeEvaluate(name="measure-base", subject="base")
+    names = [f"{method}-s{seed}" for seed in range(3) for method in ("sft", "grpo")]
+    runs = [step for name in names for step in trained(name)]
+    found = made(tmp_path / "seeds", base, *runs, SeedTable())
+    values = {s["subject"]: s["results"]["overall"]["value"] for s in found["stages"]}
+    sft, grpo = (fmean(values[f"{m}-s{i}"] for i in range(3)) for m in ("sft", "grpo"))
+    begin = f"Means over 3 seeds, best first: grpo {100 * grpo:.1f}%, sft {100 * sft:.1f}%."
+    said = " ".join(found["result"])
+    assert said.startswith(begin)
+    assert f"The start, base, has {100 * values['base']:.1f}%; the gain is beyond" in said
+    assert "for grpo, sft." in said
+    assert "alternatives" not in said
+    page = re.sub(r"<[^>]+>", "", render(found))
+    assert "Methods over seeds" in page
+    shown = ", ".join(f"{100 * values[f'grpo-s{i}']:.1f}%" for i in range(3))
+    assert shown in page
+    assert f"+{100 * (grpo - values['base']):.1f}" in page
+    plain = made(tmp_path / "plain", base, *runs)
+    assert plain["spread"] is None
+    assert "Methods over seeds" not in render(plain)

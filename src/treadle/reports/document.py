@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,6 +12,7 @@ from treadle.core.results import REASONING, TRAIN
 from treadle.reports.curves import Curve, read_curves, skipped_steps, thin
 from treadle.reports.folder import RunFolder, StepRecord
 from treadle.reports.samples import pick
+from treadle.reports.seeds import SeedTable, spreads
 from treadle.reports.stages import (
     Stage,
     columns_of,
@@ -45,6 +46,7 @@ def document(run: RunFolder, *, samples: int) -> dict[str, Any]:
         for s in run.done()
         if s.metrics.get("kind") == REASONING
     ]
+    spread = _spread(stages, steps)
     unfinished = [s.name for s in run.steps if s.state != "done"]
     finished = [str(s.manifest["finished"]) for s in run.done()]
     return dict(
@@ -54,12 +56,15 @@ def document(run: RunFolder, *, samples: int) -> dict[str, Any]:
                 "name": run.name,
                 "finished": None if unfinished else max(finished, default=None),
                 "unfinished": unfinished,
-                "result": sentences(run.name, stages, comparison, steps, training, reasoning),
+                "result": sentences(
+                    run.name, stages, comparison, steps, training, reasoning, spread
+                ),
                 "columns": [asdict(c) for c in columns_of(stages)],
                 "stages": [asdict(s) for s in stages],
                 "comparison": asdict(comparison) if comparison else None,
                 "steps": steps,
                 "reasoning": reasoning,
+                "spread": spread,
                 "training": training,
                 "samples": _samples(stages, run, samples),
                 "recipe": run.recipe,
@@ -107,6 +112,19 @@ def _ends(stages: list[Stage]) -> tuple[Stage, Stage] | None:
         return None
     measured = [s for s in path_of(stages) if headline(s) is not None]
     return (measured[0], measured[-1]) if len(measured) > 1 else None
+
+
+def _spread(stages: list[Stage], steps: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Methods over their seeds, the best mean first, where the run has a table of them."""
+    if not any(s["kind"] == SeedTable.__name__ and s["state"] == "done" for s in steps):
+        return None
+    start, rows = spreads(stages)
+    figure = None if start is None else headline(start)
+    return {
+        "start": None if start is None else start.subject,
+        "value": None if figure is None else figure["value"],
+        "rows": [asdict(row) for row in sorted(rows, key=lambda row: -row.mean)],
+    }
 
 
 def _step(step: StepRecord) -> dict[str, Any]:

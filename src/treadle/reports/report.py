@@ -99,6 +99,8 @@ def render(data: Mapping[str, Any]) -> str:
         size=numbers.size,
         duration=numbers.duration,
         energy=numbers.energy,
+        percent=numbers.percent,
+        points=numbers.points,
         listed=_listed,
     )
     template = environment.from_string(room.joinpath("page.html.j2").read_text(encoding="utf-8"))

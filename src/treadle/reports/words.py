@@ -26,8 +26,11 @@ def sentences(
     steps: Sequence[Mapping[str, Any]],
     training: Sequence[Mapping[str, Any]],
     reasoning: Sequence[Mapping[str, Any]],
+    spread: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """What came of the run, what it cost, and what is not there yet."""
+    if spread is not None:
+        return [*_seeded(spread), *_cost(steps), *_missing(steps)]
     ways = ways_of(stages)
     if len(ways) > 1 or any(s["kind"] == "SideBySide" for s in steps):
         return [*_start(ways), *order(stages), *_cost(steps), *_missing(steps)]
@@ -49,6 +52,20 @@ def _start(ways: Sequence[Stage]) -> list[str]:
         return []
     *others, last = (w.subject for w in ways)
     return [f"{', '.join(others)} and {last} are alternatives: each starts from {shared[-1]}."]
+
+
+def _seeded(spread: Mapping[str, Any]) -> list[str]:
+    """Methods over seeds, and which gained more than their seeds differ."""
+    rows = spread["rows"]
+    counts = sorted({len(row["values"]) for row in rows})
+    listed = ", ".join(f"{row['method']} {numbers.percent(row['mean'])}" for row in rows)
+    said = [f"Means over {' or '.join(map(str, counts))} seeds, best first: {listed}."]
+    if spread["start"] is None:
+        return said
+    sure = [row["method"] for row in rows if row["low"] is not None and row["low"] > 0]
+    start = f"The start, {spread['start']}, has {numbers.percent(spread['value'])}"
+    gained = f"the gain is beyond the spread of seeds for {', '.join(sure) or 'none of them'}"
+    return [*said, f"{start}; {gained}."]
 
 
 def order(stages: Sequence[Stage]) -> list[str]:
