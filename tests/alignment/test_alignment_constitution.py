@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_generation import byte_tokenizer, tiny_model
 
+from treadle.alignment import constitution
 from treadle.alignment.constitution import (
     ByConstitution,
     ConstitutionOf,
@@ -19,7 +20,7 @@ from treadle.alignment.constitution import (
     violations,
 )
 from treadle.alignment.feedback import Comparison, Verdict
-from treadle.alignment.iterate import PairsOf
+from treadle.alignment.iterate import Answers, PairsOf
 from treadle.alignment.judge import ByJudge
 from treadle.alignment.preferences import Preferences
 from treadle.core.errors import FileFormatError, TreadleError
@@ -192,6 +193,28 @@ def test_principles_are_read_and_violations_counted(tmp_path: Path) -> None:
     assert (quiet.name, brief.revise, brief.forbidden) == ("quiet", "Shorten it.", None)
     assert violations((quiet, brief), ["abc", "XYZ", "12", "k"]) == 0.5
     assert not Principle("n", "c", "r").violated("anything")
+
+
+def test_the_share_of_answers_that_keep_the_principles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [["abc"], ["XYZ"], [""], ["k"], ["d"]]
+    monkeypatch.setattr(constitution, "sampled", lambda *_: Answers(texts, too_long=1))
+    folder = tmp_path / "revise"
+    folder.mkdir()
+    (folder / "manifest.json").write_text("{}")
+    (folder / "principles.yaml").write_text(CONSTITUTION)
+    step = Violations(
+        name="v",
+        subject="s",
+        model=ShoutingModel(),
+        problems=Anything(),
+        constitution=ConstitutionOf(step="revise"),
+        count=5,
+    )
+    found = step.execute(Workspace(tmp_path, tmp_path, Pipeline(name="p", steps=())))
+    assert found["results"]["principles kept"]["value"] == 3 / 5
+    assert found["prompts_too_long"] == 1
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from tiny_generation import byte_tokenizer, tiny_model
 
-from treadle.alignment.agreement import Agreement
+from treadle.alignment.agreement import Agreement, first_order
 from treadle.alignment.feedback import ByMarks, Comparison, Labeller, Verdict
 from treadle.alignment.iterate import Compare, PairsOf, WinRate, judged
+from treadle.alignment.judge import verdict
 from treadle.alignment.preferences import PairFiles, Preferences
 from treadle.core.errors import TreadleError
 from treadle.core.execute import execute
@@ -233,6 +234,26 @@ def test_answers_of_an_interrupted_step_are_kept(tmp_path: Path) -> None:
     assert {(r["chosen"], r["rejected"]) for r in rows} == {("a", "1"), ("b", "?")}
 
 
+def test_rounds_take_other_problems(tmp_path: Path) -> None:
+    """Of three problems from number 0 one is odd; from number 1 two are."""
+    for first, odd in ((0, 1), (1, 2)):
+        folder = tmp_path / str(first)
+        step = compare(problems=LongAtTimes(), count=3, first=first, completions=8)
+        execute(Pipeline(name="p", steps=(step,)), folder)
+        metrics = read_manifest(folder / "label-1")["metrics"]
+        assert metrics["prompts_too_long"] == odd
+        assert metrics["compared"] + metrics["same_or_empty"] == 3 * 4
+
+
+def test_one_order_alone_is_that_of_the_judge() -> None:
+    """The odds with the first answer in the first place come back from worth and bias."""
+    for shown_first, shown_second in ((2.0, -3.0), (-1.0, 0.5), (60.0, -60.0), (-300.0, 300.0)):
+        found = first_order(verdict(shown_first, shown_second, 2.0))
+        if abs(shown_first) < 10:
+            assert found == pytest.approx(shown_first / 2)
+        assert (found > 0) == (shown_first > 0)
+
+
 def test_pairs_of_people_are_asked_again(tmp_path: Path) -> None:
     """Agreement is with the labels, whichever answer is shown first; equal answers are left out."""
     rows = [
@@ -258,6 +279,13 @@ def test_pairs_of_people_are_asked_again(tmp_path: Path) -> None:
     assert metrics["results"]["agreement"]["value"] == pytest.approx((good + (39 - good) / 2) / 39)
     one_order = metrics["results"]["agreement in one order"]["value"]
     assert 0.3 < one_order < 0.7  # whatever stands first
+    few = step.replace(limit=5).execute(Workspace(tmp_path, tmp_path, PIPELINE))
+    assert few["left_out"] == 1
+    # Of the rows 1 to 4 the last is a tie.
+    assert few["results"]["agreement"]["value"] == 3.5 / 4
+    assert few["results"]["agreement"]["n"] == 4
+    with pytest.raises(TreadleError, match="no pair has two different answers"):
+        step.replace(limit=1).execute(Workspace(tmp_path, tmp_path, PIPELINE))
     with pytest.raises(TreadleError, match="pairs out of a file have no verifier"):
         step.replace(labeller=ByMarks()).execute(Workspace(tmp_path, tmp_path, PIPELINE))
 
@@ -274,3 +302,6 @@ def test_verifiers_tie_and_nothing_decided_is_an_error(tmp_path: Path) -> None:
         execute(Pipeline(name="p", steps=(flat,)), tmp_path / "flat")
     with pytest.raises(TreadleError, match="there are steps in pipelines alone"):
         PairsOf(step="label-1").resolve(None)
+    for ask in (PairsOf(step="label-1").count, lambda: PairsOf(step="label-1").pair(0)):
+        with pytest.raises(TreadleError, match=r"PairsOf\(step=label-1\): not resolved"):
+            ask()

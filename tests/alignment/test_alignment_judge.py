@@ -80,6 +80,37 @@ def test_turning_a_comparison_turns_the_verdict(tmp_path: Path) -> None:
     assert same.first_better == pytest.approx(0.5)
 
 
+def test_the_first_answer_is_shown_as_a_first(tmp_path: Path) -> None:
+    """The formulas of Zheng et al. with the model's own odds of two written-out questions, which
+    may fill the context to its last token."""
+    pair, encode = comparison("alpha", "beta"), byte_tokenizer().encode
+    model = tiny_model(context=512).eval()
+    (a,), (b,) = encode("A"), encode("B")
+
+    def asked_by_hand(one: str, other: str) -> list[int]:
+        return encode(
+            f"u:Be kind.\n\nQuestion:\nWhy {{a}}?\n\nAnswer A:\n{one}\n\nAnswer B:\n{other}\n\n"
+            "Which answer is better? Say A or B.\na:"
+        )
+
+    def odds(one: str, other: str) -> float:
+        with torch.no_grad():
+            logits = model.logits(model(torch.tensor(asked_by_hand(one, other))))[-1]
+        return float(logits[a] - logits[b])
+
+    worth = (odds("alpha", "beta") - odds("beta", "alpha")) / 2
+    place = (odds("alpha", "beta") + odds("beta", "alpha")) / 2
+    assert abs(worth) > 1e-3
+    length = len(asked_by_hand("alpha", "beta"))
+    for context, fits in ((512, True), (length, True), (length - 1, False)):
+        judge = ByJudge(model=JudgeModel(context=context), principle="Be kind.", temperature=0.5)
+        (found,) = asked(judge, [pair], tmp_path)
+        assert bool(found.failure) != fits
+        if fits:
+            assert found.first_better == pytest.approx(1 / (1 + math.exp(-worth / 0.5)), abs=1e-4)
+            assert found.bias == pytest.approx(place / 0.5, abs=1e-3)
+
+
 def test_odds_are_those_of_the_model_alone() -> None:
     model, tokenizer = tiny_model(), byte_tokenizer()
     prompts = [tokenizer.encode(t, parse_special=False) for t in ("who", "better one?", "A or B")]

@@ -13,6 +13,7 @@ import torch
 from pair_rows import answer_logprobs
 from tiny_generation import byte_tokenizer, tiny_model
 
+from treadle.alignment.confidence import CrossFitted
 from treadle.alignment.labelled import JudgedFiles, Judgements, Unpaired
 from treadle.alignment.preferences import PairFiles, Preferences
 from treadle.alignment.reference import InitialModel, NoReference, Reference
@@ -230,6 +231,26 @@ def test_judged_answers_meet_an_answer_to_another_prompt(tmp_path: Path) -> None
     labels = [stream.config.answers.answer(i).good for i in range(3)]
     assert labels == [True, False, True]
     assert len(batch.good) * 2 == batch.sequence_count
+
+
+def test_doubtful_labels_are_found_in_a_stream(tmp_path: Path) -> None:
+    """Flipped pairs are trusted least, though a pair among them is left out: each confidence stays
+    with its own pair."""
+    words = [f"{a}{b}" for a in "bdfgk" for b in ("ar", "en", "il", "or")]
+    rows = [{"prompt": f"{w}?", "chosen": f"yes {w}!", "rejected": f"{w} no."} for w in words]
+    flipped = {3, 8, 14}
+    for i in flipped:
+        rows[i]["chosen"], rows[i]["rejected"] = rows[i]["rejected"], rows[i]["chosen"]
+    rows.insert(5, SAME)
+    doubt = CrossFitted(flipped=0.15)
+    stream = source(tmp_path, rows, confidence=doubt, per_step=20).open(env(tiny_model(), tmp_path))
+    batch = next(stream).batches[0]
+    texts = byte_tokenizer().decode(batch.tokens.tolist()).split("u:")[1:]
+    assert len(texts) == len(batch.confidence) == 20
+    found = dict(zip((t.split("?")[0] for t in texts), batch.confidence.tolist(), strict=True))
+    doubted = sorted(found, key=lambda w: found[w])[:3]
+    assert set(doubted) == {words[i] for i in flipped}
+    assert 0 < found[doubted[2]] < 0.5 < sorted(found.values())[3] < 1
 
 
 def test_an_empty_answer_costs_no_other(tmp_path: Path) -> None:

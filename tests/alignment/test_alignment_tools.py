@@ -179,6 +179,8 @@ def test_python_runs_in_the_sandbox() -> None:
     assert tool({"code": "print(6 * 7)"}) == "42"
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
         tool({"code": "1 / 0"})
+    with pytest.raises(RuntimeError, match="status 3"):
+        tool({"code": "import os; os._exit(3)"})
     with pytest.raises(TimeoutError, match=r"no end within 0\.3 s"):
         PythonTool(seconds=0.3)({"code": "while True: pass"})
     if bubblewrap_works():
@@ -242,6 +244,44 @@ def test_calls_are_answered_whatever_happens(said: str, told: str, failure: str)
     assert f"<tool_response>{told}" in heard.told[0]
     assert failure in heard.failure
     assert bool(heard.failure) == bool(failure)
+
+
+class LongWinded(CallableTool):
+    """Says a thousand words, or fails with as many."""
+
+    def name(self) -> str:
+        return "wordy"
+
+    def describe(self) -> str:
+        return "wordy(fail)"
+
+    def __call__(self, arguments: dict[str, str]) -> str:
+        if arguments["fail"]:
+            raise ValueError("x" * 1000)
+        return "x" * 1000
+
+
+def test_what_the_model_hears_is_short() -> None:
+    environment = WithTools(problems=Sum(), tools=(LongWinded(),))
+    heard = environment.begin(0).hear(0, call_text("wordy", fail=""))
+    assert heard.told[0] == f"<tool_response>{'x' * 400}</tool_response>"
+    heard = environment.begin(0).hear(0, call_text("wordy", fail="yes"))
+    error = f"ValueError: {'x' * 388}"
+    assert heard.told[0] == f"<tool_response>error: {error}</tool_response>"
+    assert heard.failure == f"tool `wordy`: {error}"
+    assert calculate("10" + "+1" * 199) == 209
+    with pytest.raises(ValueError, match="the expression is too long"):
+        calculate("100" + "+1" * 199)
+
+
+def test_a_misconfigured_tool_ends_the_run() -> None:
+    class Missing(BrokenTool):
+        def __call__(self, arguments: dict[str, str]) -> str:
+            raise TreadleError("its library is absent")
+
+    play = WithTools(problems=Sum(), tools=(Missing(),)).begin(0)
+    with pytest.raises(TreadleError, match="its library is absent"):
+        Episode(0, 0, play, (Seat([]),)).hear(call_text("broken", how="so"), 1.0)
 
 
 def test_answers_are_scored_and_calls_are_limited() -> None:
