@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from fractions import Fraction
 from itertools import combinations_with_replacement, permutations, product
 
@@ -154,17 +155,37 @@ def test_lessons_are_true() -> None:
         said = chat[3].content
         kinds[said] += 1
         assert chat[2].content == ByModel().request
-        left = tuple(map(Fraction, chat[1].content.split("left ")[-1].split()))
-        assert reachable(left) is (said == "likely")
+        left = tuple(map(Fraction, numbers))
+        lines = chat[1].content.splitlines()
+        followed = [m for m in moves(left) if str(m) == lines[0]]
+        for line in lines[1:]:
+            followed = [m for f in followed for m in moves(f.left) if str(m) == line]
+        assert any(reachable(m.left) for m in followed) is (said == "likely")
         assert chat[1].content.endswith("\n")
     assert all(count > 40 for count in kinds.values()), kinds
 
 
 def test_only_the_last_move_of_a_bad_beginning_is_bad() -> None:
+    """It leads nowhere, or it is wrongly computed, or takes a number that is not there."""
     draw = random.Random(0)
-    for numbers in solvable(13, False)[:80]:
-        path, good = judged_beginning(tuple(map(Fraction, numbers)), draw)
+    seen = Counter()
+    for numbers in solvable(13, False)[:240]:
+        left = tuple(map(Fraction, numbers))
+        path, good = judged_beginning(left, draw)
         assert 1 <= len(path) <= 3
         for move in path[:-1]:
-            assert reachable(move.left)
-        assert reachable(path[-1].left) is good
+            assert move in set(moves(left))
+            whole = [m for m in moves(left) if m.result.denominator == 1]
+            assert reachable(move.left) or not any(reachable(m.left) for m in whole)
+            left = move.left
+        last = path[-1]
+        right = last in set(moves(left))
+        assert good is (right and reachable(last.left))
+        seen[good, right] += 1
+        if not right:
+            there = apply(last.first, last.sign, last.second) == last.result
+            seen[there] += 1
+            assert len(last.left) == len(left) - 1
+    assert 90 < seen[True, True] < 150
+    assert seen[False, True] > 35
+    assert min(seen[True], seen[False]) > 10

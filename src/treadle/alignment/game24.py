@@ -196,15 +196,35 @@ class Game24Lessons(Conversations):
 
 
 def judged_beginning(left: Left, draw: random.Random) -> tuple[list[Move], bool]:
-    """One to three moves, good and bad about as often, and whether 24 can still be reached."""
-    good = draw.random() < 0.5
+    """One to three moves, good and bad about as often, and whether 24 can still be reached.
+
+    Half of the bad ones end with a move that is not right: a search finds those that look well, so
+    a judge that never saw one is led astray.
+    """
+    good, right = draw.random() < 0.5, draw.random() < 0.5
     length = draw.choice((1, 2, 2, 3))
     path: list[Move] = []
     while len(path) < length:
         open_ = [m for m in dict.fromkeys(moves(left)) if m.result.denominator == 1]
         last = len(path) == length - 1
         # Up to the last move the way is a good one, so that what is judged is what was just done.
-        wanted = [m for m in open_ if reachable(m.left) is (good or not last)]
+        wanted = [m for m in open_ if reachable(m.left) is (good or not (last and right))]
         path.append(draw.choice(wanted or open_))
         left = path[-1].left
-    return path, reachable(left)
+    if good or right:
+        return path, reachable(left)
+    return [*path[:-1], spoiled(path[-1], draw)], False
+
+
+def spoiled(move: Move, draw: random.Random) -> Move:
+    """The move with another result, or with a number that is not there."""
+    off = Fraction(draw.choice((-3, -2, -1, 1, 2, 3)))
+    rest = list(move.left)
+    rest.remove(move.result)
+    first = move.first
+    if draw.random() < 0.5 and move.sign != "/":
+        first = move.first + off
+        result = _computed(first, move.sign, move.second)
+    else:
+        result = move.result + off
+    return Move(first, move.sign, move.second, result, tuple(sorted([*rest, result])))
