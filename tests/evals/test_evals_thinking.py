@@ -71,6 +71,7 @@ def test_means_have_normal_intervals() -> None:
     assert found["low"] == pytest.approx(3 - 1.96 * error)
     assert found["high"] == pytest.approx(3 + 1.96 * error)
     assert mean_of([2.0], "nats")["low"] is None
+    assert mean_of([1.0, 3.0], "nats")["low"] == pytest.approx(2 - 1.96)
 
 
 def test_a_stage_is_measured(tmp_path: Path) -> None:
@@ -99,6 +100,10 @@ def test_a_stage_is_measured(tmp_path: Path) -> None:
     assert results["format kept"]["value"] == 0.0
     assert results["KL"]["value"] > 0.01
     assert 0 <= metrics["cut_off"] <= 1
+    alone = step.replace(name="alone", exams=exams[1:], against=None)
+    execute(Pipeline(name="p", steps=(alone,)), tmp_path)
+    results = read_manifest(tmp_path / "alone")["metrics"]["results"]
+    assert set(results) == {"odd", "answer length", "format kept"}
 
 
 def test_a_model_with_other_tokens_is_refused(tmp_path: Path) -> None:

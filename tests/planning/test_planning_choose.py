@@ -162,3 +162,4 @@ def test_records_longer_than_the_context_are_refused() -> None:
 
 def test_sizes_are_readable() -> None:
     assert (gib(3 * 2**30), gib(20 * 2**20)) == ("3.00 GiB", "20.0 MiB")
+    assert gib(2**30) == "1.00 GiB"
