@@ -18,6 +18,7 @@ from treadle.data.source import Env
 from treadle.inference.sampling import Sampling
 from treadle.models.decoder import DecoderModel
 from treadle.objectives.ppo import PPO
+from treadle.peft.lora import LoRA
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:"
 
@@ -145,6 +146,17 @@ def test_the_mismatch_of_a_lot_is_told_with_its_first_step(tmp_path: Path) -> No
     output = PPO()(model, second.batches[0])
     assert float(output.metrics["drift"] / output.weight) > 0.01
     assert "mismatch" not in output.metrics
+
+
+def test_a_lot_is_judged_without_dropout(tmp_path: Path) -> None:
+    """Its old log-probabilities and values are those of the policy that was sampled."""
+    model = ValueHead()(LoRA(rank=2, dropout=0.5)(tiny_model()))
+    for name, weight in model.named_parameters():
+        if name.endswith(".B"):
+            torch.nn.init.normal_(weight)
+    stream = source().open(env(model, tmp_path))
+    assert next(stream).metrics["mismatch"] < 1e-5
+    assert model.training
 
 
 def test_reward_rises(tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ from treadle.alignment.advantages import (
 )
 from treadle.alignment.frozen import FrozenCopy
 from treadle.alignment.rewards import Part, Reward, Weighted
-from treadle.alignment.rollouts import Rollouts, repetition
+from treadle.alignment.rollouts import Rollouts
 from treadle.alignment.samplers import OwnWeights, Sample, Sampler
+from treadle.alignment.watch import repetition
 from treadle.core.errors import TreadleError
 from treadle.core.pipeline import Pipeline, Workspace
 from treadle.core.progress import Silent
@@ -221,14 +222,6 @@ def test_faults_are_named_in_the_log_once(tmp_path: Path) -> None:
             for i in (0, 2, 4, 6)
         ),
     ]
-
-
-def test_repetition_is_the_share_of_runs_seen_before() -> None:
-    assert repetition([1, 2, 3, 4, 5, 6]) == 0.0
-    assert repetition([7] * 10) == pytest.approx(6 / 7)
-    assert repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
-    assert repetition([1, 2, 3]) == 0.0
-    assert repetition([1, 2, 1, 2, 1], n=2) == pytest.approx(2 / 4)
 
 
 def test_measures_of_a_step(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from treadle.alignment.frozen import FrozenCopy
 from treadle.alignment.gae import gae
+from treadle.alignment.reference import evaluating
 from treadle.alignment.rollouts import Group, Rollouts, policy_batch
 from treadle.alignment.trees import assemble_trees, extended
 from treadle.data.batch import Piece, within_budget
@@ -102,7 +103,7 @@ class PPOStream(Stream):
             batch = self.annotate(policy_batch([group], nothing, temperature))
             assert batch.reference is not None
             here = batch.to(self.env.device)
-            with self.env.autocast():
+            with evaluating(self.env.model), self.env.autocast():
                 model = self.env.model
                 hidden = model(here.tokens, here.context())[here.sources]
                 values = state_values(model, hidden).cpu()

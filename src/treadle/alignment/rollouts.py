@@ -190,18 +190,11 @@ class RolloutStream(Stream):
             "solved": float((rewards >= 1.0).float().mean()),
             "prompts_too_long": float(self.too_long),
             "completion_tokens": sum(lengths) / len(lengths),
-            "repetition": sum(repetition(c.tokens) for c in completions) / len(completions),
             "empty": sum(not c.text.strip() for c in completions) / len(completions),
             "cut_off": sum(c.finish == "length" for c in completions) / len(completions),
             **signs([g.completions for g in groups], [g.rewards for g in groups]),
             **reward_metrics([s for g in groups for s in g.scores]),
         }
-
-
-def repetition(tokens: Sequence[int], n: int = 4) -> float:
-    """Share of the runs of n tokens that stood there before: 0 where none does."""
-    runs = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def prompt_tokens(env: Env, problem: Problem) -> tuple[int, ...]:
