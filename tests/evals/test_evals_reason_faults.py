@@ -6,8 +6,10 @@ import pytest
 from tiny_generation import byte_tokenizer, tiny_model
 
 from treadle.core.errors import TreadleError
+from treadle.core.progress import Silent
 from treadle.data.problems import Problems
 from treadle.data.records import Problem, user
+from treadle.evals import evaluate
 from treadle.evals.evaluate import Exam
 from treadle.evals.reason import sit
 from treadle.inference.engine import Engine
@@ -52,3 +54,17 @@ def test_a_verifier_that_fails_is_counted(strategy: OneAnswer | BestOfN) -> None
     assert row["tokens"] == sum(a["tokens"] for a in said) / 5
     with pytest.raises(TreadleError, match="the verifier failed for all 2 completions"):
         sit(engine(), strategy, Exam(name="moody", problems=Moody(always=True), count=2))
+
+
+def test_an_exam_outlives_a_verifier_that_fails() -> None:
+    exam, sampling = Exam(name="moody", problems=Moody(), count=5), Sampling(max_tokens=4)
+    sitting = evaluate.sit(engine(), exam, sampling, Silent())
+    assert [s["score"] for s in sitting.samples] == [1.0, 0.0, 1.0, 0.0, 1.0]
+    assert sitting.failed == 2
+    with pytest.raises(TreadleError, match="the verifier failed for all 2 completions"):
+        evaluate.sit(
+            engine(),
+            Exam(name="moody", problems=Moody(always=True), count=2),
+            sampling,
+            Silent(),
+        )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
+from treadle.alignment.scoring import PATIENCE, Scored, require_sound, scorer
 from treadle.core.config import Config
 from treadle.core.errors import ConfigError, TreadleError
 from treadle.core.pipeline import Step, Workspace
@@ -103,12 +104,13 @@ class Evaluate(Step):
         engine = Engine(model, tokenizer, self.engine, autocast=partial(precision.autocast, "cpu"))
         results: dict[str, Figure] = {}
         samples: list[Sample] = []
-        generated, seconds = 0, 0.0
+        generated, seconds, failed = 0, 0.0, 0
         for exam in self.exams:
             sitting = sit(engine, exam, self.sampling, workspace.progress)
             results[exam.name] = accuracy([s["score"] for s in sitting.samples])
             samples += sitting.samples
             generated, seconds = generated + sitting.tokens, seconds + sitting.seconds
+            failed += sitting.failed
         if len(self.exams) > 1:
             results = {OVERALL: pooled(results.values()), **results}
         for reading in self.readings:
@@ -135,6 +137,7 @@ class Evaluate(Step):
             "size_bytes": opened.bytes_on_disk,
             "parameters": sum(p.numel() for p in model.parameters()),
             "precision": str(precision.dtype()).removeprefix("torch."),
+            "verifications_failed": failed,
         }
 
 
@@ -146,10 +149,16 @@ class Sitting:
     tokens: int
     """Generated."""
     seconds: float
+    failed: int
+    """Answers whose verifier failed; they count as wrong."""
 
 
 def sit(engine: Engine, exam: Exam, sampling: Sampling, progress: Progress) -> Sitting:
-    """Put an exam's problems to a model and score the answers."""
+    """Put an exam's problems to a model and score the answers.
+
+    Raises:
+        TreadleError: the verifier failed for every answer.
+    """
     problems = [exam.problems.problem(exam.first + i) for i in range(exam.count)]
     requests = [
         Request(tuple(encode_prompt(engine.tokenizer, _plain(p))), sampling) for p in problems
@@ -159,11 +168,17 @@ def sit(engine: Engine, exam: Exam, sampling: Sampling, progress: Progress) -> S
         answers = engine.generate(requests, lambda done, total: task.update(done))
     seconds = time.monotonic() - start
     firsts = [completions[0] for completions in answers]
+    check = scorer(exam.problems, None, PATIENCE)
+    scores = [check(problem, c.text) for problem, c in zip(problems, firsts, strict=True)]
+    require_sound(scores)
     return Sitting(
         samples=[
-            _sample(exam, exam.first + i, problem, completion)
-            for i, (problem, completion) in enumerate(zip(problems, firsts, strict=True))
+            sample_of(exam, exam.first + i, problem, completion, score)
+            for i, (problem, completion, score) in enumerate(
+                zip(problems, firsts, scores, strict=True)
+            )
         ],
+        failed=sum(bool(s.failure) for s in scores),
         tokens=sum(len(c.tokens) for c in firsts),
         seconds=seconds,
     )
@@ -246,12 +261,15 @@ def _plain(problem: Problem) -> list[dict[str, Any]]:
     return [m.plain() for m in problem.prompt]
 
 
-def _sample(exam: Exam, index: int, problem: Problem, completion: Completion) -> Sample:
+def sample_of(
+    exam: Exam, index: int, problem: Problem, completion: Completion, score: Scored
+) -> Sample:
+    """Problem number `index` of an exam, what was answered, and its marks."""
     return {
         "problem": f"{exam.name}-{index}",
         "task": exam.name,
         "prompt": problem.prompt[-1].content,
         "answer": completion.text,
         "expected": problem.answer,
-        "score": exam.problems.score(problem, completion.text),
+        "score": score.value,
     }

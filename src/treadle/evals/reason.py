@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
-from treadle.alignment.scoring import require_sound, scorer
+from treadle.alignment.scoring import PATIENCE, require_sound, scorer
 from treadle.alignment.verifiers import extract_answer
 from treadle.core.config import dump
 from treadle.core.files import write_json
@@ -24,8 +24,6 @@ from treadle.tokenizers.load import tokenizer_of
 from treadle.train.precision import Auto, Precision
 
 ANSWERS = "answers.json"
-PATIENCE = 10.0
-"""Seconds after which a verifier is given up: its answer counts as wrong."""
 
 
 class Reason(Step):

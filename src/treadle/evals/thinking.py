@@ -18,6 +18,7 @@ import torch
 from pydantic import Field
 
 from treadle.alignment.rewards import PrivatelyReasoned, Reward
+from treadle.alignment.scoring import PATIENCE, require_sound, scorer
 from treadle.core.errors import TreadleError
 from treadle.core.pipeline import Step, Workspace
 from treadle.core.results import (
@@ -31,8 +32,7 @@ from treadle.core.results import (
     write_samples,
 )
 from treadle.data.batch import Piece, assemble, within_budget
-from treadle.data.records import Problem
-from treadle.evals.evaluate import Exam
+from treadle.evals.evaluate import Exam, sample_of
 from treadle.inference.engine import Engine, EngineConfig
 from treadle.inference.reasoning.strategy import visible
 from treadle.inference.request import Completion, Request
@@ -85,9 +85,16 @@ class MeasureThinking(Step):
             )
         seconds = time.monotonic() - started
         given = [completions[0] for completions in answers]
+        scores = [
+            scorer(exam.problems, None, PATIENCE)(problem, visible(completion.text))
+            for (exam, _), problem, completion in zip(put, problems, given, strict=True)
+        ]
+        require_sound(scores)
         samples = [
-            _sample(exam, i, problem, completion)
-            for (exam, i), problem, completion in zip(put, problems, given, strict=True)
+            sample_of(exam, i, problem, completion, score)
+            for (exam, i), problem, completion, score in zip(
+                put, problems, given, scores, strict=True
+            )
         ]
         write_samples(workspace.folder, samples)
         results = by_family(samples)
@@ -107,6 +114,7 @@ class MeasureThinking(Step):
             "size_bytes": opened.bytes_on_disk,
             "parameters": sum(p.numel() for p in model.parameters()),
             "cut_off": sum(c.finish == "length" for c in given) / len(given),
+            "verifications_failed": sum(bool(s.failure) for s in scores),
         }
 
     def _other(self, workspace: Workspace, vocab: int) -> DecoderModel | None:
@@ -169,14 +177,3 @@ def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 def _piece(prompt: tuple[int, ...], completion: Completion) -> Piece:
     learned = [False] * len(prompt) + [True] * len(completion.tokens)
     return Piece((*prompt, *completion.tokens), learned)
-
-
-def _sample(exam: Exam, index: int, problem: Problem, completion: Completion) -> Sample:
-    return {
-        "problem": f"{exam.name}-{index}",
-        "task": exam.name,
-        "prompt": problem.prompt[-1].content,
-        "answer": completion.text,
-        "expected": problem.answer,
-        "score": exam.problems.score(problem, visible(completion.text)),
-    }
