@@ -42,9 +42,11 @@ def reason(
     from treadle.core.progress import standard
     from treadle.evals.evaluate import Evaluate
     from treadle.evals.reason import Reason, table
+    from treadle.evals.thinking import MeasureThinking
     from treadle.inference.reasoning.strategy import Strategy
 
-    exams = [e for s in load(like).steps if isinstance(s, Evaluate) for e in s.exams]
+    sat = (Evaluate, Reason, MeasureThinking)
+    exams = [e for s in load(like).steps if isinstance(s, sat) for e in s.exams]
     if not exams:
         raise TreadleError(f"{like} has no exams: name a recipe that puts problems, in --like")
     step = Reason(
