@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from treadle.cli.chat import Model
 from treadle.cli.command import Command
 from treadle.cli.run import Overrides
+
+if TYPE_CHECKING:
+    from treadle.core.pipeline import Pipeline
+    from treadle.evals.evaluate import Exam
 
 
 def reason(
@@ -40,13 +44,10 @@ def reason(
     from treadle.core.execute import execute
     from treadle.core.pipeline import Pipeline, read_manifest
     from treadle.core.progress import standard
-    from treadle.evals.evaluate import Evaluate
     from treadle.evals.reason import Reason, table
-    from treadle.evals.thinking import MeasureThinking
     from treadle.inference.reasoning.strategy import Strategy
 
-    sat = (Evaluate, Reason, MeasureThinking)
-    exams = [e for s in load(like).steps if isinstance(s, sat) for e in s.exams]
+    exams = exams_of(load(like))
     if not exams:
         raise TreadleError(f"{like} has no exams: name a recipe that puts problems, in --like")
     step = Reason(
@@ -67,6 +68,16 @@ def reason(
         progress.close()
     for line in table(read_manifest(folder / "reason")["metrics"]["rows"]):
         typer.echo(line)
+
+
+def exams_of(pipeline: Pipeline) -> list[Exam]:
+    """All exams that a pipeline's steps put, in order."""
+    from treadle.evals.evaluate import Evaluate
+    from treadle.evals.reason import Reason
+    from treadle.evals.thinking import MeasureThinking
+
+    sat = (Evaluate, Reason, MeasureThinking)
+    return [exam for step in pipeline.steps if isinstance(step, sat) for exam in step.exams]
 
 
 COMMAND = Command(
