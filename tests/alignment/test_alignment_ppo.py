@@ -154,6 +154,7 @@ def test_a_lot_is_judged_without_dropout(tmp_path: Path) -> None:
     for name, weight in model.named_parameters():
         if name.endswith(".B"):
             torch.nn.init.normal_(weight)
+    model.train()
     stream = source().open(env(model, tmp_path))
     assert next(stream).metrics["mismatch"] < 1e-5
     assert model.training

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from pair_rows import answer_logprobs
+from safetensors.torch import load_file
 from tiny_generation import byte_tokenizer, tiny_model
 
 from treadle.alignment.confidence import CrossFitted
@@ -21,6 +22,7 @@ from treadle.alignment.trees import Tree
 from treadle.core.errors import TreadleError
 from treadle.data.source import Env, Source
 from treadle.data.split import LeakFreeSplit
+from treadle.data.tasks import Task, TaskMix
 from treadle.models.decoder import DecoderModel
 from treadle.models.transform import transformed
 from treadle.objectives.dpo import DPO, orpo, sequence_logprobs
@@ -199,6 +201,19 @@ def test_the_reference_is_asked_only_about_what_the_run_comes_to(tmp_path: Path)
             batches = next(here).batches
             assert all(torch.isfinite(b.reference).all() for b in batches)
     torch.testing.assert_close(here.reference, full.reference)
+
+
+def test_a_mixture_has_references_for_all_its_draws(tmp_path: Path) -> None:
+    """It may draw one task several times a step, more often than the run has steps."""
+    rows = [{**row, "prompt": f"{row['prompt']} {i}"} for row in PAIRS for i in range(3)]
+    pairs = source(tmp_path, rows, per_step=1)
+    mix = TaskMix(tasks=(Task(name="pairs", source=pairs, examples=12),), draws=3)
+    stream = mix.open(replace(env(tiny_model(), tmp_path), steps=2))
+    batches = [batch for _ in range(2) for batch in next(stream).batches]
+    assert len(batches) == 6
+    assert all(torch.isfinite(batch.reference).all() for batch in batches)
+    asked = load_file(tmp_path / "pairs" / "reference.safetensors")["numbers"]
+    assert len(asked) == 6
 
 
 def test_odds_are_learned_without_reference(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from tiny_generation import byte_tokenizer, tiny_model
 
@@ -68,3 +70,23 @@ def test_an_exam_outlives_a_verifier_that_fails() -> None:
             sampling,
             Silent(),
         )
+
+
+class Endless(Problems):
+    """The verifier of an odd question never comes to an end."""
+
+    def problem(self, index: int) -> Problem:
+        return Problem((user(f"q{index}"),), "", "any", {"odd": index % 2 == 1})
+
+    def score(self, problem: Problem, completion: str) -> float:
+        while problem.metadata["odd"]:
+            pass
+        return 1.0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="without a timer's signal there is no limit")
+def test_patience_is_the_exam_s() -> None:
+    exam = Exam(name="endless", problems=Endless(), count=3, patience=0.05)
+    sitting = evaluate.sit(engine(), exam, Sampling(max_tokens=4), Silent())
+    assert [s["score"] for s in sitting.samples] == [1.0, 0.0, 1.0]
+    assert sitting.failed == 1

@@ -69,8 +69,24 @@ def test_what_is_not_short_goes_to_torch() -> None:
     assert not is_short(q.detach(), k.detach(), v.detach())
     assert not is_short(q, k, v[..., : D // 2])
     assert not is_short(*(t.to("meta") for t in (q, k, v)))
+    assert not is_short(q[:, :, :0], k, v)
     with torch.no_grad():
         assert not is_short(q, k, v)
     longest = MOST // D
     assert is_short(q, k.repeat(1, 1, longest // Q, 1), v)
     assert not is_short(q, k.repeat(1, 1, longest // Q + 1, 1), v)
+
+
+@pytest.mark.parametrize("turned", range(3))
+def test_numbers_that_do_not_lie_side_by_side(turned: int) -> None:
+    """Torch's kernel reads only those that do; the gradients of others are right, too."""
+    given = [heads(4, 0), heads(2, 1), heads(2, 2)]
+    rule, gradient = RULES["causal"], heads(4, 3).detach()
+    there = [t.detach().clone().requires_grad_() for t in given]
+    apart = there[turned].detach().transpose(-1, -2).contiguous().transpose(-1, -2)
+    there[turned] = apart.requires_grad_()
+    for mine, true in zip(
+        *(torch.autograd.grad(attention(*x, None, rule), x, gradient) for x in (there, given)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, true, rtol=0.05, atol=0.02)

@@ -24,7 +24,6 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from treadle.alignment.reference import evaluating
 from treadle.alignment.trees import Tree, assemble_trees, tree_size
 from treadle.core.cards import Card
 from treadle.core.config import Config
@@ -32,6 +31,7 @@ from treadle.core.errors import TreadleError
 from treadle.data.batch import within_budget
 from treadle.data.records import Preference
 from treadle.data.source import Env
+from treadle.nn.modes import evaluating
 from treadle.objectives.reward import sequence_ends
 
 CARD = Card(

@@ -16,6 +16,7 @@ from treadle.core.errors import TreadleError
 from treadle.data.batch import within_budget
 from treadle.data.source import Env, Stream, Work
 from treadle.inference.sampling import Sampling
+from treadle.nn.modes import evaluating
 from treadle.objectives.policy import PolicyBatch
 
 
@@ -102,11 +103,10 @@ class PlayedStream(Stream):
         share = self.config.share(self.env)
         first = self.drawn + self.env.rank * share
         self.drawn += self.config.prompts
-        self.env.model.eval()
-        episodes = self.table.play(
-            range(first, first + share), self.config.completions, self.env.seed
-        )
-        self.env.model.train()
+        with evaluating(self.env.model):
+            episodes = self.table.play(
+                range(first, first + share), self.config.completions, self.env.seed
+            )
         self.left_out += share - len(episodes) // self.config.completions
         if not episodes:
             raise TreadleError(

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from treadle.alignment.frozen import FrozenCopy
 from treadle.alignment.gae import gae
-from treadle.alignment.reference import evaluating
 from treadle.alignment.rollouts import Group, Rollouts, policy_batch
 from treadle.alignment.trees import assemble_trees, extended
 from treadle.data.batch import Piece, within_budget
 from treadle.data.source import Env, Source, Stream, Work
+from treadle.nn.modes import evaluating
 from treadle.objectives.policy import sampled_logprobs
 from treadle.objectives.ppo import PPOBatch, state_values
 

@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from treadle.alignment.trees import Tree, TreeStream, assemble_trees, tree_size
 from treadle.core.config import Config
 from treadle.core.files import atomic_file
 from treadle.data.batch import within_budget
 from treadle.data.source import Env
+from treadle.nn.modes import evaluating
 from treadle.objectives.dpo import sequence_logprobs
 
 
@@ -75,17 +76,6 @@ def _progress(env: Env, total: int) -> Iterator[Callable[[float], None]]:
         return
     with env.workspace.progress.task("reference", total) as task:
         yield task.update
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout meanwhile."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def reference_of(stream: TreeStream, reference: Reference) -> Float[Tensor, "K A"] | None:

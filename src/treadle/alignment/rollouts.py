@@ -26,6 +26,7 @@ from treadle.data.problems import Problems
 from treadle.data.records import Problem
 from treadle.data.source import Env, Stream, Work
 from treadle.inference.request import Completion, Request
+from treadle.nn.modes import evaluating
 from treadle.objectives.policy import PolicyBatch
 from treadle.tokenizers.chat import encode_prompt
 
@@ -145,9 +146,8 @@ class RolloutStream(Stream):
             sampling = self.config.sampling.replace(seed=seed)
             chosen.append(problem)
             requests.append(Request(prompt, sampling, n=self.config.completions))
-        self.env.model.eval()
-        answers = self.sample(requests)
-        self.env.model.train()
+        with evaluating(self.env.model):
+            answers = self.sample(requests)
         return [
             Group(
                 problem,

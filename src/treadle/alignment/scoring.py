@@ -18,9 +18,6 @@ from treadle.core.errors import TreadleError
 from treadle.data.problems import Problems
 from treadle.data.records import Problem
 
-PATIENCE = 10.0
-"""Seconds after which a verifier is given up where answers are measured."""
-
 
 @dataclass(frozen=True)
 class Scored:

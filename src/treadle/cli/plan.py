@@ -74,7 +74,7 @@ def plan(
     for reason in chosen.reasons:
         typer.echo(f"  - {reason}")
     if shared := keep_tensors_apart():
-        typer.echo(f"{shared}; a run may take up to 1.4 times the memory of what lives in it")
+        typer.echo(f"{shared}; a run takes more than this, by the holes that stay between")
 
 
 def decoder_of(target: str) -> Decoder:

@@ -31,6 +31,7 @@ from treadle.data.source import Env, Source, Stream
 from treadle.data.supervised import Conversations, Supervised, piece_of
 from treadle.kernels.linear_cross_entropy import HeadRule, token_logprobs
 from treadle.nn.linear import bias_of
+from treadle.nn.modes import evaluating
 
 CARD = Card(
     id="ft.curriculum",
@@ -108,12 +109,15 @@ class ModelLoss(Difficulty):
 
     @torch.no_grad()
     def __call__(self, source: Supervised, count: int, env: Env) -> list[float]:
+        with evaluating(env.model):
+            return self._losses(source, count, env)
+
+    def _losses(self, source: Supervised, count: int, env: Env) -> list[float]:
         chats = map(source.conversations.conversation, range(count))
         pieces = [piece_of(chat, source, env.tokenizer) for chat in chats]
         learned = [i for i, piece in enumerate(pieces) if any(piece.learn)]
         losses = [math.inf] * count  # what has nothing to learn comes last
-        model, training = env.model, env.model.training
-        model.eval()
+        model = env.model
         rule = HeadRule(softcap=model.config.softcap)
         for run in within_budget([len(pieces[i].tokens) for i in learned], source.tokens):
             places = [learned[i] for i in run]
@@ -130,7 +134,6 @@ class ModelLoss(Difficulty):
             means = -batch.per_sequence(logp) / batch.per_sequence(batch.weights)
             for place, mean in zip(places, means.tolist(), strict=True):
                 losses[place] = mean
-        model.train(training)
         return losses
 
 

@@ -72,7 +72,10 @@ class TaskMixStream(Stream):
         self.config, self.seed = config, env.seed
         self.shares = config.shares()
         self.drawn = [0] * len(config.tasks)
-        self.inner = [task.source.open(within(env, task.name)) for task in config.tasks]
+        # One task may be drawn each time.
+        most = None if env.steps is None else env.steps * config.draws
+        inner = replace(env, steps=most)
+        self.inner = [task.source.open(within(inner, task.name)) for task in config.tasks]
 
     def __next__(self) -> Work:
         step = sum(self.drawn) // self.config.draws

@@ -28,6 +28,7 @@ from treadle.inference.engine import Engine
 from treadle.inference.request import Completion, Request
 from treadle.inference.sampling import Sampling
 from treadle.models.source import ModelSource
+from treadle.nn.modes import evaluating
 
 CARDS = (
     Card(
@@ -67,10 +68,8 @@ class ByStudent(Writer):
         engine = Engine(env.model, env.tokenizer, autocast=env.autocast)
 
         def write(prompts: Sequence[tuple[int, ...]], seed: int) -> list[Completion]:
-            env.model.eval()
-            written = _generate(engine, prompts, sampling, seed)
-            env.model.train()
-            return written
+            with evaluating(env.model):
+                return _generate(engine, prompts, sampling, seed)
 
         return write
 

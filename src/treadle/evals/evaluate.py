@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from treadle.alignment.scoring import PATIENCE, Scored, require_sound, scorer
+from treadle.alignment.scoring import Scored, require_sound, scorer
 from treadle.core.config import Config
 from treadle.core.errors import ConfigError, TreadleError
 from treadle.core.pipeline import Step, Workspace
@@ -56,6 +56,8 @@ class Exam(Config):
     count: int = Field(100, ge=1)
     first: int = Field(0, ge=0)
     """Index of the first problem: where what was trained on ends."""
+    patience: float = Field(10.0, gt=0.0)
+    """Seconds after which the verifier of an answer is given up; it counts as wrong."""
 
 
 class Reading(Config):
@@ -168,7 +170,7 @@ def sit(engine: Engine, exam: Exam, sampling: Sampling, progress: Progress) -> S
         answers = engine.generate(requests, lambda done, total: task.update(done))
     seconds = time.monotonic() - start
     firsts = [completions[0] for completions in answers]
-    check = scorer(exam.problems, None, PATIENCE)
+    check = scorer(exam.problems, None, exam.patience)
     scores = [check(problem, c.text) for problem, c in zip(problems, firsts, strict=True)]
     require_sound(scores)
     return Sitting(

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
-from treadle.alignment.scoring import PATIENCE, require_sound, scorer
+from treadle.alignment.scoring import require_sound, scorer
 from treadle.alignment.verifiers import extract_answer
 from treadle.core.config import dump
 from treadle.core.files import write_json
@@ -62,7 +62,7 @@ def sit(engine: Engine, strategy: Strategy, exam: Exam) -> tuple[Reasoned, list[
         TreadleError: the verifier failed for every answer.
     """
     problems = [exam.problems.problem(exam.first + i) for i in range(exam.count)]
-    check = scorer(exam.problems, None, PATIENCE)
+    check = scorer(exam.problems, None, exam.patience)
     thinker = Thinker(engine, extract_answer, verify=lambda i, text: check(problems[i], text).value)
     started = time.monotonic()
     thoughts = strategy(thinker, [turns_of(problem) for problem in problems])

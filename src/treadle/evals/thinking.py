@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 
 from treadle.alignment.rewards import PrivatelyReasoned, Reward
-from treadle.alignment.scoring import PATIENCE, require_sound, scorer
+from treadle.alignment.scoring import require_sound, scorer
 from treadle.core.errors import TreadleError
 from treadle.core.pipeline import Step, Workspace
 from treadle.core.results import (
@@ -86,7 +86,7 @@ class MeasureThinking(Step):
         seconds = time.monotonic() - started
         given = [completions[0] for completions in answers]
         scores = [
-            scorer(exam.problems, None, PATIENCE)(problem, visible(completion.text))
+            scorer(exam.problems, None, exam.patience)(problem, visible(completion.text))
             for (exam, _), problem, completion in zip(put, problems, given, strict=True)
         ]
         require_sound(scores)
