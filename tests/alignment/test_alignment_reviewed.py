@@ -19,7 +19,7 @@ from treadle.alignment.reviewed import (
     first_mistake,
 )
 from treadle.alignment.rollouts import Rollouts
-from treadle.alignment.scoring import scorer
+from treadle.alignment.scoring import guarded
 from treadle.alignment.worked_solutions import worked_solution
 from treadle.core.errors import TreadleError
 from treadle.data.records import Problem, assistant, user
@@ -110,7 +110,7 @@ class Unsure(Low):
 def test_what_nobody_could_verify_teaches_nothing(tmp_path: Path) -> None:
     groups = [["low", "!", "!!", "\u00ff"], ["low", "!", "\u00fe", "\u00fd"]]
     made = stream(tmp_path, groups, balance=False)
-    made.rollouts.score = scorer(Unsure(), None, 1.0)
+    made.rollouts.rate = guarded(Unsure().score, 1.0)
     work = next(made)
     assert not any("!" in text for text, _ in learned(work) + learned(next(made)))
     assert (work.metrics["right_answers"], work.metrics["wrong_answers"]) == (2, 3)

@@ -9,7 +9,6 @@ import pytest
 from tiny_generation import byte_tokenizer, tiny_model
 
 from treadle.alignment.reasoning_gym import Family, ReasoningGym
-from treadle.alignment.reward_head import RewardHead
 from treadle.alignment.roll_out import MeasureSteps, RollOut, chosen
 from treadle.alignment.solutions import (
     PlantedErrors,
@@ -27,6 +26,7 @@ from treadle.data.records import Problem, user
 from treadle.data.source import Env
 from treadle.inference.reasoning.strategy import Ask, Thinker
 from treadle.inference.request import Completion
+from treadle.models.reward_head import RewardHead
 from treadle.models.source import ModelSource, Opened
 from treadle.objectives.process_reward import ProcessReward
 from treadle.optim.adamw import AdamW

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from treadle.core.config import Config
+from treadle.data.rating import Rating
 from treadle.inference.engine import Engine
 from treadle.inference.request import Completion, Request
 from treadle.inference.sampling import Sampling
@@ -20,6 +21,7 @@ Turns = tuple[dict[str, str], ...]
 """A conversation as chat templates have it."""
 Extract = Callable[[str], str | None]
 Verify = Callable[[int, str], float]
+Rate = Callable[[Rating, int, Sequence[str]], list[float]]
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Thinker:
     extract: Extract
     verify: Verify | None = None
     """Scores a text for a question, where something can."""
+    rate: Rate | None = None
+    """Rates texts for a question by a reward, where questions are problems."""
     spent: dict[int, int] = field(default_factory=dict)
     overflows: int = 0
     """Conversations that filled the context and got no answer."""
