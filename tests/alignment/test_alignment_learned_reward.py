@@ -138,6 +138,9 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     wordy = learned(model=Pretrained(name=str(tmp_path / "words"))).open(env(tmp_path), 1.0)
     with pytest.raises(TreadleError, match="gives words, not scores"):
         wordy(ASKED, ["yes"])
+    ruleless = Weighted(parts=(Part(name="liked", reward=learned()),))
+    with pytest.raises(TreadleError, match="`liked` is no rule but a LearnedReward"):
+        ruleless(ASKED, "yes")
     aspect = learned(model=ScoringBytes(aspects=2), judge=AspectOf(number=2))
     with pytest.raises(TreadleError, match="there is no aspect 2"):
         aspect.open(env(tmp_path), 1.0)(ASKED, ["yes"])

@@ -129,5 +129,6 @@ def test_parts_have_names_of_their_own() -> None:
 
 
 def test_problems_score_by_their_reward() -> None:
-    gym = ReasoningGym(families=(Family(name="leg_counting"),), reward=AnswerMarked())
+    reward = Weighted(parts=(Part(name="marked", reward=AnswerMarked()),))
+    gym = ReasoningGym(families=(Family(name="leg_counting"),), reward=reward)
     assert gym.score(gym.problem(0), "Answer: wrong") == 1.0

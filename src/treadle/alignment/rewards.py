@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from treadle.alignment.scoring import guarded
 from treadle.alignment.verifiers import extract_answer, marks
 from treadle.core.config import Config
+from treadle.core.errors import TreadleError
 from treadle.data.rating import Rater, Rating, Scored
 from treadle.data.records import Problem
 from treadle.data.source import Env
@@ -126,7 +127,7 @@ class UncertaintyWeighted(Combination):
         return max(mean - self.doubt * spread, 0.0)
 
 
-class Weighted(Rating):
+class Weighted(Reward):
     """Named rewards together; as a rule their weighted mean."""
 
     parts: tuple[Part, ...] = Field(min_length=1)
@@ -141,6 +142,10 @@ class Weighted(Rating):
         if not any(part.weight for part in self.parts):
             raise ValueError("no part has a weight: nothing would be learned")
         return self
+
+    def __call__(self, problem: Problem, completion: str) -> float:
+        """Raises TreadleError where a part is no rule."""
+        return self.combined([_by_rule(part, problem, completion) for part in self.parts]).value
 
     def open(self, env: Env, patience: float) -> Rater:
         raters = [part.reward.open(env, patience) for part in self.parts]
@@ -161,3 +166,12 @@ class Weighted(Rating):
         rewards, weights = zip(*learned, strict=True)
         value = self.together(rewards, weights)
         return Scored(value, {part.name: scored.value for part, scored in rows})
+
+
+def _by_rule(part: Part, problem: Problem, completion: str) -> Scored:
+    if not isinstance(part.reward, Reward):
+        raise TreadleError(
+            f"Weighted: `{part.name}` is no rule but a {type(part.reward).__name__}, which has to "
+            "be opened first: name the reward in `rollouts.reward`, not in the problems"
+        )
+    return Scored(part.reward(problem, completion))

@@ -17,12 +17,11 @@ from treadle.alignment.instructions import FollowInstructions
 from treadle.alignment.private_reasoning import OfVisible, ThinkFirst
 from treadle.alignment.reasoning_gym import ReasoningGym
 from treadle.alignment.rejection import RejectionSample, Sampled, SampledAndGeneral
-from treadle.alignment.rewards import Part, PrivatelyReasoned, Weighted
+from treadle.alignment.rewards import Part, PrivatelyReasoned, Reward, Weighted
 from treadle.alignment.rollouts import Rollouts
 from treadle.alignment.samplers import NativeKernels
 from treadle.core.pipeline import Pipeline, Step
 from treadle.data.problems import Interleaved, Problems
-from treadle.data.rating import Rating
 from treadle.data.supervised import Supervised
 from treadle.evals.evaluate import Exam
 from treadle.evals.thinking import MeasureThinking
@@ -103,7 +102,7 @@ def reinforced(name: str, start: str, source: Rollouts, steps: int) -> Run:
 
 
 def accepted(
-    name: str, model: ModelSource, problems: Problems, rounds: int, reward: Rating | None = THINKING
+    name: str, model: ModelSource, problems: Problems, rounds: int, reward: Reward | None = THINKING
 ) -> RejectionSample:
     source = rollouts(problems).replace(completions=4, reward=reward)
     return RejectionSample(name=name, model=model, rollouts=source, rounds=rounds, minutes=3.0)
