@@ -15,32 +15,25 @@ from treadle.alignment.ppo import PPORollouts
 from treadle.alignment.preferences import Preferences
 from treadle.alignment.reference import NoReference
 from treadle.alignment.rewards import Graded, Part, Weighted
-from treadle.alignment.rollouts import Rollouts
 from treadle.alignment.samplers import NativeKernels
-from treadle.alignment.value_head import ValueHead
 from treadle.core.pipeline import Pipeline
-from treadle.evals.evaluate import Evaluate, Exam
 from treadle.inference.sampling import Sampling
 from treadle.models.reward_head import RewardHead
-from treadle.models.source import ModelSource, Pretrained
-from treadle.objectives.ppo import PPO
 from treadle.objectives.reward import BradleyTerry
 from treadle.optim.adamw import AdamW
-from treadle.optim.schedules import Constant, Cosine
+from treadle.optim.schedules import Cosine
 from treadle.peft.lora import LoRA
+from treadle.recipes.instructed import BASE, LONGEST, UNSEEN, followed, rollouts
+from treadle.recipes.ppo import ppo
 from treadle.reports.report import Report
 from treadle.train.fit import Fit
 from treadle.train.run import Run, Trained
 
-LONGEST = 40
-UNSEEN = FollowInstructions(held_out=True)
-
 
 def rlhf() -> Pipeline:
-    base = Pretrained(name="smollm2-135m-instruct")
     label = Compare(
         name="label",
-        model=base,
+        model=BASE,
         problems=FollowInstructions(),
         count=256,
         completions=8,
@@ -51,7 +44,7 @@ def rlhf() -> Pipeline:
     label_unseen = label.replace(name="label-unseen", problems=UNSEEN, count=48, minutes=1.0)
     reward = Run(
         name="reward",
-        model=base,
+        model=BASE,
         transforms=(LoRA(rank=16), RewardHead()),
         source=Preferences(
             pairs=PairsOf(step="label"), per_step=32, longest=160, reference=NoReference()
@@ -77,45 +70,17 @@ def rlhf() -> Pipeline:
             label_unseen,
             reward,
             agrees,
-            followed("base", base),
-            reinforced(base),
+            followed("base", BASE),
+            reinforced(),
             followed("ppo", Trained(step="ppo")),
             Report(),
         ),
     )
 
 
-def reinforced(base: ModelSource) -> Run:
+def reinforced() -> Run:
     liked = Part(name="liked", reward=LearnedReward(model=Trained(step="reward")))
     watched = Part(name="followed", reward=Graded(), weight=0.0)
-    rollouts = Rollouts(
-        problems=FollowInstructions(seed=1),
-        reward=Weighted(parts=(liked, watched)),
-        prompts=8,
-        completions=8,
-        sampling=Sampling(max_tokens=LONGEST),
-        sampler=NativeKernels(),
-    )
-    return Run(
-        name="ppo",
-        model=base,
-        transforms=(LoRA(rank=16), ValueHead()),
-        source=PPORollouts(rollouts=rollouts, epochs=1, minibatches=2),
-        objective=PPO(),
-        optimizer=AdamW(lr=3e-4),
-        schedule=Constant(),
-        fit=Fit(steps=48, checkpoint_every=8),
-        minutes=6.0,
-    )
-
-
-def followed(subject: str, model: ModelSource) -> Evaluate:
-    """Unseen instructions, by the program; answers are sampled as they were while it learned."""
-    return Evaluate(
-        name=f"measure-{subject}",
-        subject=subject,
-        model=model,
-        exams=(Exam(name="instructions", problems=UNSEEN, count=150),),
-        sampling=Sampling(max_tokens=LONGEST),
-        minutes=0.5,
-    )
+    (step,) = (s for s in ppo().steps if isinstance(s, Run))
+    lots = rollouts().replace(reward=Weighted(parts=(liked, watched)), sampler=NativeKernels())
+    return step.replace(source=PPORollouts(rollouts=lots, epochs=1, minibatches=2))
