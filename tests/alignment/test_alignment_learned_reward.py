@@ -204,7 +204,7 @@ def test_the_best_of_n_is_what_the_reward_model_likes(tmp_path: Path) -> None:
     sampling = Sampling(max_tokens=5)
     best = BestOfN(n=6, sampling=sampling, by=ByReward(reward=learned()))
     exam = Exam(name="writing", problems=Writing(), count=3)
-    _, said = sit(engine, best, exam, here)
+    _, said = sit(engine, best, exam, here, Silent())
     thinker = Thinker(engine, lambda text: text)
     asks = [Ask(i, ({"role": "user", "content": f"write {i}"},)) for i in range(3)]
     rate = learned().open(here, 1.0)

@@ -53,14 +53,16 @@ def test_a_verifier_that_fails_is_counted(strategy: OneAnswer | BestOfN, tmp_pat
     mind = engine()
     here = Env(tiny_model(), mind.tokenizer, tmp_path)
     exam = Exam(name="moody", problems=Moody(), count=5, first=10)
-    row, said = sit(mind, strategy, exam, here)
+    row, said = sit(mind, strategy, exam, here, Silent())
     assert row["accuracy"]["value"] == 3 / 5
     assert [a["failure"] for a in said] == ["", "ZeroDivisionError: oops"] * 2 + [""]
     assert [a["score"] for a in said] == [1.0, 0.0] * 2 + [1.0]
     assert [a["problem"] for a in said] == [f"moody-{i}" for i in range(10, 15)]
     assert row["tokens"] == sum(a["tokens"] for a in said) / 5
     with pytest.raises(TreadleError, match="the verifier failed for all 2 completions"):
-        sit(mind, strategy, Exam(name="moody", problems=Moody(always=True), count=2), here)
+        sit(
+            mind, strategy, Exam(name="moody", problems=Moody(always=True), count=2), here, Silent()
+        )
 
 
 def test_an_exam_outlives_a_verifier_that_fails() -> None:

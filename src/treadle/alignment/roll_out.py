@@ -66,11 +66,12 @@ class RollOut(Step):
     sampling: Sampling = Sampling(max_tokens=112)
     patience: float = Field(10.0, gt=0.0)
     """Seconds after which a verifier is given up."""
+    precision: Precision = Auto()
 
     def execute(self, workspace: Workspace) -> Mapping[str, Any]:
         problems = [self.problems.problem(self.first + i) for i in range(self.count)]
         turns: list[Turns] = [tuple(m.plain() for m in p.prompt) for p in problems]
-        thinker = opened_thinker(self.model, workspace)
+        thinker = opened_thinker(self.model, workspace, self.precision)
         asks = [Ask(i, asked) for i, asked in enumerate(turns)]
         drawn = thinker.ask(asks, self.sampling, self.solutions)
         found = [

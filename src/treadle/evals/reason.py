@@ -14,6 +14,7 @@ from treadle.alignment.verifiers import extract_answer
 from treadle.core.config import dump
 from treadle.core.files import write_json
 from treadle.core.pipeline import Step, Workspace
+from treadle.core.progress import Progress
 from treadle.core.results import REASONING, Reasoned, accuracy
 from treadle.data.rating import Rater, Rating
 from treadle.data.records import Problem
@@ -49,7 +50,7 @@ class Reason(Step):
         with workspace.progress.task(self.name, len(self.strategies) * len(self.exams)) as task:
             for strategy in self.strategies:
                 for exam in self.exams:
-                    row, said = sit(engine, strategy, exam, env)
+                    row, said = sit(engine, strategy, exam, env, workspace.progress)
                     rows.append(row)
                     answers += said
                     task.update(len(rows), note=label(strategy))
@@ -59,7 +60,7 @@ class Reason(Step):
 
 
 def sit(
-    engine: Engine, strategy: Strategy, exam: Exam, env: Env
+    engine: Engine, strategy: Strategy, exam: Exam, env: Env, progress: Progress
 ) -> tuple[Reasoned, list[dict[str, Any]]]:
     """One strategy on one exam: the figures, and every answer with its private reasoning.
 
@@ -79,7 +80,11 @@ def sit(
         return [scored.value for scored in raters[rating](problems[question], texts)]
 
     thinker = Thinker(
-        engine, extract_answer, verify=lambda i, text: check(problems[i], text).value, rate=rate
+        engine,
+        extract_answer,
+        verify=lambda i, text: check(problems[i], text).value,
+        rate=rate,
+        progress=progress,
     )
     started = time.monotonic()
     thoughts = strategy(thinker, [turns_of(problem) for problem in problems])
