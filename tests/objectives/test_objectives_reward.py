@@ -11,9 +11,9 @@ import torch
 from pair_rows import PAIRS, pair_batch
 from tiny_generation import tiny_model
 
-from treadle.alignment.reward_head import RewardHead
 from treadle.core.errors import TreadleError
 from treadle.models.decoder import DecoderModel
+from treadle.models.reward_head import RewardHead
 from treadle.objectives.dpo import PreferenceBatch
 from treadle.objectives.reward import BradleyTerry, sequence_scores
 

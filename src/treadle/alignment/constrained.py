@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from treadle.alignment.rewards import Reward
 from treadle.alignment.rollouts import Group, Rollouts, Shaped
-from treadle.alignment.scoring import scorer
 from treadle.core.cards import Card
+from treadle.data.rating import Rating
 from treadle.data.source import Env, Source, Stream, Work
 from treadle.train.parallel import talk
 
@@ -41,8 +40,8 @@ class ConstrainedRollouts(Source):
     """Rollouts whose answers have a cost besides their reward."""
 
     rollouts: Rollouts
-    cost: Reward
-    """What an answer costs, 0 to 1: a `Reward` whose high values are bad."""
+    cost: Rating
+    """What an answer costs, 0 to 1: a rule or a cost model, whose high values are bad."""
     limit: float = Field(gt=0.0, le=1.0)
     """The mean cost d that is allowed."""
     multiplier: float = Field(1.0, gt=0.0)
@@ -60,14 +59,14 @@ class ConstrainedStream(Stream):
     def __init__(self, config: ConstrainedRollouts, env: Env) -> None:
         self.config = config
         self.rollouts = config.rollouts.open(env)
-        self.cost = scorer(config.rollouts.problems, config.cost, config.rollouts.patience)
+        self.cost = self.rollouts.rater(config.cost)
         self.multiplier = config.multiplier
 
     def __next__(self) -> Work:
         return self.rollouts.step(self._shaped)
 
     def _shaped(self, groups: list[Group]) -> Shaped:
-        found = [[self.cost(g.problem, c.text) for c in g.completions] for g in groups]
+        found = self.rollouts.rated(groups, self.cost)
         self.rollouts.check([c for row in found for c in row], "a cost is taken for the highest")
         # A cost that could not be found is taken for the highest: doubt must not pay.
         costs = torch.tensor([[1.0 if c.failure else c.value for c in row] for row in found])
