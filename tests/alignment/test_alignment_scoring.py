@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -68,6 +69,7 @@ class Marks(Problems):
             "endless": lambda: float("inf"),
             "hang": hang,
             "crash": crash,
+            "leave": lambda: sys.exit("wrong"),
         }
         return given[completion]()  # type: ignore[return-value]
 
@@ -92,6 +94,7 @@ class MarksOf(Reward):
         ("endless", 0.0, "the reward was inf"),
         ("hang", 0.0, "OvertimeError: no answer within 0.1 s"),
         ("crash", 0.0, f"ZeroDivisionError: {'x' * 181}"),
+        ("leave", 0.0, "SystemExit: wrong"),
         ("unheard of", 0.0, "KeyError: 'unheard of'"),
     ],
 )

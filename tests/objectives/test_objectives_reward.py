@@ -65,6 +65,8 @@ def test_margins_of_pairs_go_before_the_common_one() -> None:
     same = replace(pair_batch(), margins=torch.full((3,), 0.7))
     common = BradleyTerry(margin=0.7)(model, pair_batch()).total
     torch.testing.assert_close(BradleyTerry(margin=9.0)(model, same).total, common)
+    mixed = replace(pair_batch(), margins=torch.tensor([0.7, torch.nan, torch.nan]))
+    torch.testing.assert_close(BradleyTerry(margin=0.7)(model, mixed).total, common)
 
 
 def test_doubtful_labels_count_for_both_orders() -> None:

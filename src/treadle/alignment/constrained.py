@@ -20,6 +20,7 @@ from treadle.alignment.rollouts import Group, Rollouts, Shaped
 from treadle.core.cards import Card
 from treadle.data.rating import Rating
 from treadle.data.source import Env, Source, Stream, Work
+from treadle.train.parallel import talk
 
 CARD = Card(
     id="al.reward.safety",
@@ -30,8 +31,9 @@ CARD = Card(
     "[{kind: Family, name: gcd}]}}}'",
     oracle="tests/alignment/test_alignment_constrained.py::test_cost_is_held_under_its_limit",
 )
-LARGEST = 100.0
-"""Of the multiplier: beyond, only the cost counts anyway."""
+LARGEST, SMALLEST = 100.0, 0.01
+"""Of the multiplier: beyond, only the cost counts anyway, or only the reward; and it is to be back
+soon when that changes. One that starts below rises only."""
 
 
 class ConstrainedRollouts(Source):
@@ -70,9 +72,12 @@ class ConstrainedStream(Stream):
         costs = torch.tensor([[1.0 if c.failure else c.value for c in row] for row in found])
         rewards = torch.tensor([g.rewards for g in groups])
         used = self.multiplier
-        mean = float(costs.mean())
+        # The multiplier is one for all ranks, so that all learn from the same reward.
+        total, count = talk.summed(float(costs.sum()), costs.numel())
+        mean = total / count
         step = self.config.rate * (mean - self.config.limit) / self.config.limit
-        self.multiplier = min(used * math.exp(step), LARGEST)
+        moved = math.exp(min(math.log(used) + step, math.log(LARGEST)))
+        self.multiplier = max(moved, min(used, SMALLEST))
         return Shaped(
             (rewards - used * costs) / (1 + used),
             {

@@ -92,6 +92,14 @@ class FairRollouts(Source):
         return self
 
     def open(self, env: Env) -> FairStream:
+        """Raises TreadleError where processes would share sets."""
+        assert isinstance(self.rollouts.problems, Counterfactuals)
+        names = len(self.rollouts.problems.names)
+        if self.rollouts.share(env) % names:
+            raise TreadleError(
+                f"FairRollouts: prompts={self.rollouts.prompts} over {env.world} processes cuts "
+                f"sets of {names} names: choose a multiple of {names * env.world}"
+            )
         return FairStream(self, env)
 
 

@@ -29,6 +29,7 @@ from treadle.inference.request import Completion, Request
 from treadle.nn.modes import evaluating
 from treadle.objectives.policy import PolicyBatch
 from treadle.tokenizers.chat import encode_prompt
+from treadle.train.parallel import talk
 
 
 class Rollouts(OnPolicy):
@@ -86,16 +87,18 @@ class RolloutStream(Stream):
             shaped = shape(groups)
             advantages = self.config.advantage(shaped.rewards)
             useful = [i for i, row in enumerate(advantages) if bool((row != 0).any())]
-            # Several processes must stay in step: there, one without a signal adds nothing.
-            if useful or self.env.world > 1:
+            # Processes stay in step: where one has a signal, the others add what they have.
+            (signals,) = talk.summed(len(useful))
+            if signals:
                 batches = self._batches([groups[i] for i in useful], advantages[useful])
+                spare = None if batches else self._batches(groups[:1], advantages[:1])[0]
                 metrics = {
                     **self.observed(groups),
                     "groups_with_signal": len(useful) / len(groups),
                     "redraws": float(redraws),
                     **shaped.metrics,
                 }
-                return Work(batches, metrics, (self.config.limit(),))
+                return Work(batches, metrics, (self.config.limit(),), spare)
         raise TreadleError(
             f"the rewards within every group were equal for {REDRAWS} draws of "
             f"{self.config.prompts} problems (mean {float(shaped.rewards.mean()):.2f}): choose "

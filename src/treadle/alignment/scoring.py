@@ -36,7 +36,7 @@ def _guarded(
                 return Scored(0.0, failure=f"the reward was {value}")
     except TreadleError:
         raise
-    except (Exception, OvertimeError) as error:  # a verifier may fail in any way
+    except (Exception, OvertimeError, SystemExit) as error:  # a verifier may fail in any way
         return Scored(0.0, failure=f"{type(error).__name__}: {error}"[:200])
     return Scored(value)
 

@@ -44,7 +44,9 @@ class BradleyTerry(Objective):
     def __call__(self, model: DecoderModel, batch: PreferenceBatch) -> LossOutput:
         chosen, rejected = sequence_scores(model, batch).unflatten(0, (-1, 2)).unbind(-1)
         difference = chosen - rejected
-        margin = self.margin if batch.margins is None else batch.margins
+        margin = torch.full_like(difference, self.margin)
+        if batch.margins is not None:
+            margin = torch.where(batch.margins.isnan(), margin, batch.margins)
         loss = -F.logsigmoid(difference - margin)
         if batch.confidence is not None:
             q = batch.confidence
