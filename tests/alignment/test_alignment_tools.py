@@ -236,6 +236,7 @@ SUM = WithTools(problems=Sum(), tools=(Calculator(), BrokenTool()), calls=3)
         (call_text("broken", how="raise"), "error: SystemError: it burns", "SystemError"),
         ("<tool_call>{oops", "error: ", "a call is malformed"),
         ("<tool_call>[1]", "error: a call is an object", "a call is malformed"),
+        ("<tool_call>" + "[" * 100_000, "error: ", "a call is malformed"),
     ],
 )
 def test_calls_are_answered_whatever_happens(said: str, told: str, failure: str) -> None:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -117,8 +118,10 @@ class RollOut(Step):
     ) -> dict[Prefix, list[str]]:
         """K whole solutions from each prefix."""
         begun = ["\n".join(p.lines) + "\n" for p in prefixes]
+        # Each with draws of its own: by those that made the prefix it would go on as it began.
         asks = [
-            Ask(p.problem, turns[p.problem], text) for p, text in zip(prefixes, begun, strict=True)
+            Ask(number, turns[p.problem], text)
+            for number, (p, text) in enumerate(zip(prefixes, begun, strict=True), len(turns))
         ]
         drawn = thinker.ask(asks, self.sampling, self.continuations)
         rows = zip(prefixes, begun, drawn, strict=True)
@@ -191,7 +194,7 @@ def row_of(problem: Problem, steps: Sequence[str], labels: Sequence[float]) -> d
 
 def chosen(rows: Sequence[Solution], worst: Sequence[float]) -> dict[str, Figure]:
     """Over problems with several solutions, the share where the one with the best worst step is
-    right, and the share of all that are."""
+    right (of several, any of them), and the share of all that are."""
     by_problem: dict[str, list[tuple[float, float]]] = {}
     for row, score in zip(rows, worst, strict=True):
         by_problem.setdefault(row.prompt[-1].content, []).append((score, row.labels[-1]))
@@ -199,8 +202,9 @@ def chosen(rows: Sequence[Solution], worst: Sequence[float]) -> dict[str, Figure
     if not several:
         return {}
     sizes = Counter(len(found) for found in several)
-    best = [max(found)[1] for found in several]
-    any_one = [sum(right for _, right in found) / len(found) for found in several]
+    first = [[right for score, right in found if score == max(found)[0]] for found in several]
+    best = [fmean(rights) for rights in first]
+    any_one = [fmean(right for _, right in found) for found in several]
     name = f"best of {max(sizes)}"
     return {name: accuracy(best), "any one": accuracy(any_one)}
 
