@@ -10,17 +10,11 @@ from collections.abc import Callable
 import pytest
 
 from treadle.alignment.rewards import Part, Reward, Weighted, WorstOf
-from treadle.alignment.scoring import (
-    OvertimeError,
-    Scored,
-    require_sound,
-    reward_metrics,
-    scorer,
-    time_limit,
-)
+from treadle.alignment.scoring import reward_metrics, scorer
 from treadle.core.errors import TreadleError
 from treadle.data.problems import Problems
 from treadle.data.records import Problem, user
+from treadle.data.scored import OvertimeError, Scored, require_sound, time_limit
 
 PROBLEM = Problem((user("?"),), "", "any")
 

@@ -87,7 +87,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, says, **fields):
 
     monkeypatch.setattr(rationales, "Engine", Mouth)
     step = Rationales(
-        teacher=Silence(), problems=PlusOne(), precision=FP32(), **{"count": 3, **fields}
+        teacher=Silence(), precision=FP32(), **{"problems": PlusOne(), "count": 3, **fields}
     )
     work = workspace(tmp_path)
     metrics = step.execute(work)
@@ -111,6 +111,28 @@ def test_teacher_that_solves_nothing_is_refused(monkeypatch, tmp_path: Path) -> 
     for text in ("Answer: 99", "no mark"):
         with pytest.raises(TreadleError, match="accepted none of 3 answers"):
             asked(monkeypatch, tmp_path, lambda i, attempt, text=text: text)
+
+
+class Moody(PlusOne):
+    """A verifier that hangs, or raises, at some answers."""
+
+    def score(self, problem: Problem, completion: str) -> float:
+        while "hang" in completion:
+            pass
+        if "crash" in completion:
+            raise ZeroDivisionError("moody")
+        return super().score(problem, completion)
+
+
+def test_a_verifier_that_fails_costs_its_answer_alone(monkeypatch, tmp_path: Path) -> None:
+    def says(i: int, attempt: int) -> str:
+        return f"{('hang', 'crash', 'fine')[i]}\nAnswer: {i + 1}"
+
+    metrics, rows = asked(monkeypatch, tmp_path, says, problems=Moody(), patience=0.1)
+    assert [row["steps"] for row in rows] == ["fine"]
+    assert (metrics["kept"], metrics["verifications_failed"]) == (1, 2)
+    with pytest.raises(TreadleError, match=r"failed for all 3 .*ZeroDivisionError: moody"):
+        asked(monkeypatch, tmp_path, lambda i, attempt: "crash\nAnswer: 1", problems=Moody())
 
 
 def test_the_same_answer_is_not_asked_for_twice(tmp_path: Path) -> None:

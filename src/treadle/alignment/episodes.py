@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from treadle.alignment.samplers import Sample
-from treadle.alignment.scoring import OvertimeError, time_limit
 from treadle.core.config import Config
 from treadle.core.errors import TreadleError
 from treadle.data.records import Message, Messages, assistant, user
+from treadle.data.scored import OvertimeError, time_limit
 from treadle.inference.request import Request
 from treadle.inference.sampling import Sampling
 from treadle.tokenizers.chat import encode_prompt

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
-from treadle.alignment.scoring import require_sound, scorer
+from treadle.alignment.scoring import scorer
 from treadle.core.config import Config
 from treadle.core.pipeline import Workspace
 from treadle.data.problems import Problems
 from treadle.data.records import Problem
+from treadle.data.scored import require_sound
 
 
 @dataclass(frozen=True)

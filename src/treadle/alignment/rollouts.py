@@ -18,12 +18,13 @@ from torch import Tensor
 
 from treadle.alignment.on_policy import REDRAWS, TOLD, Answer, OnPolicy, answers_batch
 from treadle.alignment.rewards import Reward
-from treadle.alignment.scoring import Scored, require_sound, reward_metrics, scorer
+from treadle.alignment.scoring import reward_metrics, scorer
 from treadle.alignment.watch import signs
 from treadle.core.errors import TreadleError
 from treadle.data.batch import within_budget
 from treadle.data.problems import Problems
 from treadle.data.records import Problem
+from treadle.data.scored import Scored, require_sound
 from treadle.data.source import Env, Stream, Work
 from treadle.inference.request import Completion, Request
 from treadle.nn.modes import evaluating

@@ -1,88 +1,32 @@
-"""Scoring what was sampled: a verifier that crashes, hangs or gives no number costs its completion
-the reward and is counted; it never costs the run."""
+"""Scoring what was sampled, by a reward or by the problems' own verifier."""
 
 from __future__ import annotations
 
 import math
-import os
-import signal
-import threading
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 from treadle.alignment.rewards import Reward, Weighted
-from treadle.core.errors import TreadleError
 from treadle.data.problems import Problems
 from treadle.data.records import Problem
+from treadle.data.scored import Scored, patiently
 
 
-@dataclass(frozen=True)
-class Scored:
-    """A reward, and where it comes from."""
-
-    value: float
-    parts: Mapping[str, float] = field(default_factory=dict)
-    """By name, where several are weighed."""
-    failure: str = ""
-    """What went wrong with the verifier; the value is 0 then."""
-
-
-def score(
-    problems: Problems, reward: Reward | None, problem: Problem, text: str, seconds: float
-) -> Scored:
+def scorer(
+    problems: Problems, reward: Reward | None, seconds: float
+) -> Callable[[Problem, str], Scored]:
     """What `reward` gives for a completion, or the problems' own verifier if there is none.
 
-    Raises:
-        TreadleError: the verifier itself is misconfigured: no completion can be scored.
+    Its calls raise TreadleError where the verifier itself is misconfigured: no completion can be
+    scored.
     """
-    try:
-        with time_limit(seconds):
-            if isinstance(reward, Weighted):
-                parts = reward.by_name(problem, text)
-                value = reward.combined(parts)
-            else:
-                parts = {}
-                value = reward(problem, text) if reward else problems.score(problem, text)
-            # Some ways to weigh rewards, such as the least of them, would hide one that is none.
-            for name, number in (*parts.items(), ("", value)):
-                if not math.isfinite(number):
-                    which = f"the reward `{name}`" if name else "the reward"
-                    return Scored(0.0, failure=f"{which} was {number}")
-    except TreadleError:
-        raise
-    except (Exception, OvertimeError) as error:  # a verifier may fail in any way
-        return Scored(0.0, failure=f"{type(error).__name__}: {error}"[:200])
-    return Scored(value, parts)
 
+    def marks(problem: Problem, text: str) -> tuple[float, Mapping[str, float]]:
+        if isinstance(reward, Weighted):
+            parts = reward.by_name(problem, text)
+            return reward.combined(parts), parts
+        return (reward(problem, text) if reward else problems.score(problem, text)), {}
 
-class OvertimeError(BaseException):
-    """A verifier took too long. Like `KeyboardInterrupt` it is no `Exception`: a verifier that goes
-    on whatever happens would go on for ever."""
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Interrupt Python code (and its regular expressions) after so long.
-
-    By a timer's signal, so only in the main thread of a POSIX system; elsewhere there is no limit.
-    """
-    if os.name != "posix" or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        raise OvertimeError(f"no answer within {seconds:g} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    return lambda problem, text: patiently(lambda: marks(problem, text), seconds)
 
 
 def reward_metrics(scores: Sequence[Scored]) -> dict[str, float]:
@@ -91,21 +35,3 @@ def reward_metrics(scores: Sequence[Scored]) -> dict[str, float]:
     names = sorted({name for s in sound for name in s.parts})
     means = {f"reward_{n}": math.fsum(s.parts[n] for s in sound) / len(sound) for n in names}
     return {**means, "rewards_failed": float(len(scores) - len(sound))}
-
-
-def require_sound(scores: Sequence[Scored]) -> None:
-    """Raise TreadleError where every single verification failed."""
-    failures = Counter(s.failure for s in scores if s.failure)
-    if scores and failures.total() == len(scores):
-        reason, count = failures.most_common(1)[0]
-        raise TreadleError(
-            f"the verifier failed for all {len(scores)} completions of a step ({count} times: "
-            f"{reason}): mend it before going on"
-        )
-
-
-def scorer(
-    problems: Problems, reward: Reward | None, seconds: float
-) -> Callable[[Problem, str], Scored]:
-    """`score` with all but the completion settled."""
-    return lambda problem, text: score(problems, reward, problem, text, seconds)

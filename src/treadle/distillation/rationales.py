@@ -31,6 +31,8 @@ from treadle.core.pipeline import Reads, Step, Workspace
 from treadle.data.batch import Batch, Piece, assemble, within_budget
 from treadle.data.order import Order, Place
 from treadle.data.problems import Problems
+from treadle.data.records import Problem
+from treadle.data.scored import Scored, patiently, require_sound
 from treadle.data.source import Env, Source, Stream, Work
 from treadle.inference.engine import Engine
 from treadle.inference.request import Completion, Request
@@ -63,6 +65,8 @@ class Rationales(Step):
     """Answers to a problem, until one is accepted."""
     sampling: Sampling = Sampling(temperature=0.0, max_tokens=128)
     precision: Precision = Auto()
+    patience: float = Field(10.0, gt=0.0)
+    """Seconds after which a verifier is given up."""
 
     def check(self, workspace: Workspace) -> None:
         if self.tries > 1 and self.sampling.temperature == 0.0:
@@ -84,6 +88,7 @@ class Rationales(Step):
             for problem in problems
         ]
         kept: dict[int, dict[str, str]] = {}
+        verified: list[Scored] = []
         asked = 0
         for attempt in range(self.tries):
             left = [i for i in range(self.count) if i not in kept]
@@ -92,7 +97,10 @@ class Rationales(Step):
             asked += len(left)
             for i, (answer,) in zip(left, answers, strict=True):
                 steps, mark, result = answer.text.rpartition(MARK)
-                if mark and self.problems.score(problems[i], answer.text) >= 1.0:
+                if not mark:
+                    continue
+                verified.append(self._scored(problems[i], answer.text))
+                if verified[-1].value >= 1.0:
                     last = problems[i].prompt[-1].content
                     question = str(problems[i].metadata.get("question", last))
                     kept[i] = {
@@ -100,6 +108,7 @@ class Rationales(Step):
                         "steps": steps.strip(),
                         "result": result.strip(),
                     }
+        require_sound(verified)
         if not kept:
             raise TreadleError(
                 f"{self.name}: the verifier accepted none of {asked} answers: take a "
@@ -109,7 +118,16 @@ class Rationales(Step):
         write_text(
             workspace.folder / FILE, "".join(json.dumps(kept[i]) + "\n" for i in sorted(kept))
         )
-        return {"kind": "rationales", "problems": self.count, "asked": asked, "kept": len(kept)}
+        return {
+            "kind": "rationales",
+            "problems": self.count,
+            "asked": asked,
+            "kept": len(kept),
+            "verifications_failed": sum(bool(s.failure) for s in verified),
+        }
+
+    def _scored(self, problem: Problem, text: str) -> Scored:
+        return patiently(lambda: (self.problems.score(problem, text), {}), self.patience)
 
     def _answers(
         self, engine: Engine, requests: list[Request], workspace: Workspace

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from treadle.alignment.scoring import Scored, require_sound, scorer
+from treadle.alignment.scoring import scorer
 from treadle.core.config import Config
 from treadle.core.errors import ConfigError, TreadleError
 from treadle.core.pipeline import Step, Workspace
@@ -29,6 +29,7 @@ from treadle.core.results import (
 from treadle.data.documents import Documents
 from treadle.data.problems import Problems
 from treadle.data.records import Problem
+from treadle.data.scored import Scored, require_sound
 from treadle.evals.harness import evaluate
 from treadle.evals.task import Benchmark
 from treadle.inference.engine import Engine, EngineConfig

@@ -9,13 +9,14 @@ from typing import Any
 
 from pydantic import Field
 
-from treadle.alignment.scoring import require_sound, scorer
+from treadle.alignment.scoring import scorer
 from treadle.alignment.verifiers import extract_answer
 from treadle.core.config import dump
 from treadle.core.files import write_json
 from treadle.core.pipeline import Step, Workspace
 from treadle.core.results import REASONING, Reasoned, accuracy
 from treadle.data.records import Problem
+from treadle.data.scored import require_sound
 from treadle.evals.evaluate import Exam
 from treadle.inference.engine import Engine, EngineConfig
 from treadle.inference.reasoning.strategy import Strategy, Thinker, Turns, private, visible
