@@ -97,7 +97,7 @@ class Rationales(Step):
             asked += len(left)
             for i, (answer,) in zip(left, answers, strict=True):
                 steps, mark, result = answer.text.rpartition(MARK)
-                if not mark:
+                if not (mark and result.strip()):
                     continue
                 verified.append(self._scored(problems[i], answer.text))
                 if verified[-1].value >= 1.0:
@@ -182,17 +182,17 @@ class StepByStepStream(Stream):
 
     def __next__(self) -> Work:
         config, env = self.config, self.env
-        taken = self.order.take(self.place, config.per_step, rank=env.rank, world=env.world)
+        step = self.order.take(self.place, config.per_step)
         self.place = self.order.after(self.place, config.per_step)
-        results = [self._piece(i, config.ask_result, "result") for i in taken]
+        results = [self._piece(i, config.ask_result, "result") for i in step]
         # A teacher that gave the result at once explained nothing: its silence is no lesson.
-        told = [i for i in taken if config.rationale and self.rows[i]["steps"]]
+        told = [i for i in step if config.rationale and self.rows[i]["steps"]]
         steps = [self._piece(i, config.ask_steps, "steps") for i in told]
-        pieces = [*results, *steps]
-        weights = [_share(results)] * len(results)
-        weights += [config.rationale * _share(steps)] * (len(pieces) - len(results))
-        runs = within_budget([len(p.tokens) for p in pieces], config.tokens)
-        batches = tuple(_weighted([pieces[i] for i in r], [weights[i] for i in r]) for r in runs)
+        # Shares are of the whole step: a token weighs the same whichever rank it comes to.
+        tasks = ((results, _share(results)), (steps, config.rationale * _share(steps)))
+        mine = [(p, w) for pieces, w in tasks for p in pieces[env.rank :: env.world]]
+        runs = within_budget([len(piece.tokens) for piece, _ in mine], config.tokens)
+        batches = tuple(_weighted([mine[i] for i in run]) for run in runs)
         return Work(batches, {"solutions": float(len(self.rows))})
 
     def _piece(self, number: int, ask: str, key: str) -> Piece:
@@ -219,6 +219,7 @@ def _share(pieces: list[Piece]) -> float:
     return len(pieces) / learned if learned else 0.0
 
 
-def _weighted(pieces: list[Piece], weights: list[float]) -> Batch:
-    batch = assemble(pieces)
-    return replace(batch, weights=torch.tensor(weights)[batch.sequences])
+def _weighted(pieces: list[tuple[Piece, float]]) -> Batch:
+    batch = assemble([piece for piece, _ in pieces])
+    weights = torch.tensor([weight for _, weight in pieces])
+    return replace(batch, weights=weights[batch.sequences])
