@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from treadle.core.errors import ConfigError
@@ -34,6 +35,9 @@ class WithAdapter(ModelSource):
         opened = self.model.open(workspace)
         load_tuned(opened.model, self.folder)
         return opened
+
+    def origins(self, workspace: Workspace) -> Iterator[Path]:
+        yield _path_and_task(self.folder)[0]
 
 
 def save_tuned(model: DecoderModel, folder: StrPath, *, base: str = "") -> None:
