@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -180,7 +180,7 @@ class TaughtStream(Stream):
         work = next(self.inner)
         batches = tuple(self.pupil(batch, self.step) for batch in work.batches)
         self.step += 1
-        return Work(batches, work.metrics)
+        return replace(work, batches=batches)
 
     def state(self) -> dict[str, Any]:
         self.pupil.settle()
