@@ -83,6 +83,7 @@ def test_violations_fall_after_training(tmp_path: Path, monkeypatch: pytest.Monk
     path = tmp_path / "principles.yaml"
     path.write_text(CONSTITUTION)
     revise = Revise(
+        precision=FP32(),
         name="revise",
         model=ShoutingModel(),
         problems=Anything(),
@@ -100,6 +101,7 @@ def test_violations_fall_after_training(tmp_path: Path, monkeypatch: pytest.Monk
         fit=Fit(steps=60, precision=FP32()),
     )
     again = Violations(
+        precision=FP32(),
         name="again",
         model=Trained(step="train"),
         subject="train",
@@ -141,6 +143,7 @@ def test_a_revision_without_words_changes_nothing(
     path = tmp_path / "principles.yaml"
     path.write_text(CONSTITUTION)
     revise = Revise(
+        precision=FP32(),
         name="revise",
         model=ShoutingModel(),
         problems=Anything(),
@@ -205,6 +208,7 @@ def test_the_share_of_answers_that_keep_the_principles(
     (folder / "manifest.json").write_text("{}")
     (folder / "principles.yaml").write_text(CONSTITUTION)
     step = Violations(
+        precision=FP32(),
         name="v",
         subject="s",
         model=ShoutingModel(),

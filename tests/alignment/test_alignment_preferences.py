@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -77,7 +78,7 @@ def test_reference_equals_separate_rows(tmp_path: Path) -> None:
 
 def test_what_comes_with_a_batch_is_of_its_own_pairs(tmp_path: Path) -> None:
     """In the order in which they are drawn, with one left out before them: log-probabilities,
-    margins (0 where raters said none) and confidence (1)."""
+    margins (NaN where raters said none) and confidence (1)."""
     told = [{**p, "margin": i / 4, "confidence": 0.6 + i / 10} for i, p in enumerate(PAIRS)]
     rows = [SAME, *told, {**PAIRS[0], "prompt": "and tea?"}]
     stream = source(tmp_path, rows, per_step=5, tokens=80).open(env(tiny_model(), tmp_path))
@@ -94,7 +95,7 @@ def test_what_comes_with_a_batch_is_of_its_own_pairs(tmp_path: Path) -> None:
             prompts, batch.margins.tolist(), batch.confidence.tolist(), strict=True
         ):
             (row,) = (r for r in rows[1:] if prompt.startswith(r["prompt"] + "\n"))
-            assert margin == row.get("margin", 0.0)
+            assert margin == pytest.approx(row.get("margin", math.nan), nan_ok=True)
             assert confidence == pytest.approx(row.get("confidence", 1.0))
             seen.append(row["prompt"])
     assert sorted(seen) == sorted(r["prompt"] for r in rows[1:])

@@ -20,7 +20,7 @@ from treadle.alignment.reviewed import (
     first_mistake,
 )
 from treadle.alignment.rollouts import Rollouts
-from treadle.alignment.scoring import scorer
+from treadle.alignment.scoring import guarded
 from treadle.alignment.worked_solutions import worked_solution
 from treadle.core.errors import TreadleError
 from treadle.data.records import Problem, assistant, user
@@ -51,7 +51,8 @@ def env(model: DecoderModel, folder: Path) -> Env:
 
 def stream(tmp_path: Path, groups: list[list[str]], **changes) -> ReviewedStream:
     rollouts = Rollouts(problems=Low(), prompts=2, completions=4)
-    config = Reviewed(rollouts=rollouts, **{"lesson": LearnVerdict(), "per_step": 4, **changes})
+    usual = {"lesson": LearnVerdict(), "per_step": 4, "answers": False}
+    config = Reviewed(rollouts=rollouts, **{**usual, **changes})
     made = config.open(env(model_that_ends(), tmp_path))
     made.rollouts.sample = lambda requests: [said(group) for group in groups]
     return made
@@ -91,6 +92,17 @@ def test_verdicts_are_the_verifiers(tmp_path: Path) -> None:
     assert learned(next(again)) == learned(next(made))
 
 
+def test_right_answers_are_learned_beside_verdicts(tmp_path: Path) -> None:
+    """Else the model would forget how to solve; wrong ones are never learned."""
+    found = learned(next(stream(tmp_path, GROUPS, answers=True, per_step=9)))
+    solved = [(text, word) for text, word in found if word not in ("Yes.", "No.")]
+    assert len(solved) == [word for _, word in found].count("Yes.") == 3
+    for text, word in solved:
+        assert text.startswith("u:q")
+        assert "?" not in text.split("\n")[1], "no question but the problem's"
+        assert Low().score(Low().problem(0), word) == 1.0
+
+
 def test_all_answers_without_balance(tmp_path: Path) -> None:
     right = [["low", "a"], ["b", "c"]]
     with pytest.raises(TreadleError, match="gave only right or only wrong answers"):
@@ -111,7 +123,7 @@ class Unsure(Low):
 def test_what_nobody_could_verify_teaches_nothing(tmp_path: Path) -> None:
     groups = [["low", "!", "!!", "\u00ff"], ["low", "!", "\u00fe", "\u00fd"]]
     made = stream(tmp_path, groups, balance=False)
-    made.rollouts.score = scorer(Unsure(), None, 1.0)
+    made.rollouts.rate = guarded(Unsure().score, 1.0)
     work = next(made)
     assert not any("!" in text for text, _ in learned(work) + learned(next(made)))
     assert (work.metrics["right_answers"], work.metrics["wrong_answers"]) == (2, 3)
@@ -179,7 +191,9 @@ def test_a_model_learns_to_tell(tmp_path: Path) -> None:
     model, plan = model_that_ends(), SingleProcess()
     rollouts = Rollouts(problems=Low(), prompts=8, completions=8)
     world, random = env(model, tmp_path), Random(0)
-    made = Reviewed(rollouts=rollouts, lesson=LearnVerdict(ask="?"), per_step=16).open(world)
+    made = Reviewed(
+        rollouts=rollouts, lesson=LearnVerdict(ask="?"), per_step=16, answers=False
+    ).open(world)
 
     def attempts(requests: object) -> list[list[Completion]]:
         """Not the model's own: it would soon answer every question as it answers `ask`."""

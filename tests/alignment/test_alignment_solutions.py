@@ -9,7 +9,6 @@ import pytest
 from tiny_generation import byte_tokenizer, tiny_model
 
 from treadle.alignment.reasoning_gym import Family, ReasoningGym
-from treadle.alignment.reward_head import RewardHead
 from treadle.alignment.roll_out import MeasureSteps, RollOut, chosen
 from treadle.alignment.solutions import (
     PlantedErrors,
@@ -27,6 +26,7 @@ from treadle.data.records import Problem, user
 from treadle.data.source import Env
 from treadle.inference.reasoning.strategy import Ask, Thinker
 from treadle.inference.request import Completion
+from treadle.models.reward_head import RewardHead
 from treadle.models.source import ModelSource, Opened
 from treadle.objectives.process_reward import ProcessReward
 from treadle.optim.adamw import AdamW
@@ -110,7 +110,14 @@ def test_labels_are_shares_of_continuations(
         "bad\ngood\ngood\ngood\n": ["good"] * 4,  # the verifier fails on these five lines
     }
     monkeypatch.setattr(Thinker, "ask", asks_for(first, later))
-    step = RollOut(name="label", model=SteppingModel(), problems=EndsWell(), count=2, solutions=2)
+    step = RollOut(
+        precision=FP32(),
+        name="label",
+        model=SteppingModel(),
+        problems=EndsWell(),
+        count=2,
+        solutions=2,
+    )
     execute(Pipeline(name="p", steps=(step,)), tmp_path)
     lines = (tmp_path / "label" / "steps.jsonl").read_text().splitlines()
     assert [json.loads(x) for x in lines] == [
@@ -126,7 +133,14 @@ def test_labels_are_shares_of_continuations(
 
 
 def test_no_solution_that_ends_is_an_error(tmp_path: Path) -> None:
-    step = RollOut(name="label", model=SteppingModel(), problems=EndsWell(), count=1, solutions=1)
+    step = RollOut(
+        precision=FP32(),
+        name="label",
+        model=SteppingModel(),
+        problems=EndsWell(),
+        count=1,
+        solutions=1,
+    )
     step = step.replace(sampling=step.sampling.replace(max_tokens=2))
     with pytest.raises(
         TreadleError, match="label: none of 1 solutions came to its end in 2 tokens"

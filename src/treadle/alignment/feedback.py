@@ -62,7 +62,7 @@ class ByMarks(Labeller):
         self, comparisons: Sequence[Comparison], problems: Problems, workspace: Workspace
     ) -> list[Verdict]:
         """Raises TreadleError where the verifier failed for every answer."""
-        score = scorer(problems, None, self.patience)
+        score = scorer(problems, self.patience)
         found = [(score(c.problem, c.first), score(c.problem, c.second)) for c in comparisons]
         require_sound([s for pair in found for s in pair])
         verdicts = []

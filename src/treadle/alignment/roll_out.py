@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from treadle.alignment.iterate import opened_thinker
-from treadle.alignment.scoring import Scored, require_sound, scorer
+from treadle.alignment.scoring import require_sound, scorer
 from treadle.alignment.solutions import STEPS, Solution, Solutions, solution_tree, step_batch
 from treadle.alignment.trees import Tree, tree_size, usable
 from treadle.core.errors import TreadleError
@@ -29,6 +29,7 @@ from treadle.core.pipeline import Step, Workspace
 from treadle.core.results import EVALUATION, Figure, accuracy
 from treadle.data.batch import within_budget
 from treadle.data.problems import Problems
+from treadle.data.rating import Scored
 from treadle.data.records import Problem
 from treadle.data.source import Env
 from treadle.inference.reasoning.strategy import Ask, Thinker, Turns
@@ -66,11 +67,12 @@ class RollOut(Step):
     sampling: Sampling = Sampling(max_tokens=112)
     patience: float = Field(10.0, gt=0.0)
     """Seconds after which a verifier is given up."""
+    precision: Precision = Auto()
 
     def execute(self, workspace: Workspace) -> Mapping[str, Any]:
         problems = [self.problems.problem(self.first + i) for i in range(self.count)]
         turns: list[Turns] = [tuple(m.plain() for m in p.prompt) for p in problems]
-        thinker = opened_thinker(self.model, workspace)
+        thinker = opened_thinker(self.model, workspace, self.precision)
         asks = [Ask(i, asked) for i, asked in enumerate(turns)]
         drawn = thinker.ask(asks, self.sampling, self.solutions)
         found = [
@@ -81,7 +83,7 @@ class RollOut(Step):
         ]
         wanted = dict.fromkeys(Prefix(i, s[:t]) for i, s in found for t in range(1, len(s)))
         whole = dict.fromkeys(Prefix(i, s) for i, s in found)
-        score = scorer(self.problems, None, self.patience)
+        score = scorer(self.problems, self.patience)
         marks = self._continued(thinker, list(wanted), turns)
         scores = {p: [score(problems[p.problem], text) for text in row] for p, row in marks.items()}
         scores |= {p: [score(problems[p.problem], "\n".join(p.lines))] for p in whole}

@@ -8,54 +8,37 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
-from treadle.alignment.rewards import Reward, Weighted
 from treadle.core.errors import TreadleError
 from treadle.data.problems import Problems
+from treadle.data.rating import Rater, Scored
 from treadle.data.records import Problem
 
 
-@dataclass(frozen=True)
-class Scored:
-    """A reward, and where it comes from."""
+def guarded(rate: Callable[[Problem, str], float], seconds: float) -> Rater:
+    """Each answer by itself; one whose rule fails is worth 0.
 
-    value: float
-    parts: Mapping[str, float] = field(default_factory=dict)
-    """By name, where several are weighed."""
-    failure: str = ""
-    """What went wrong with the verifier; the value is 0 then."""
-
-
-def score(
-    problems: Problems, reward: Reward | None, problem: Problem, text: str, seconds: float
-) -> Scored:
-    """What `reward` gives for a completion, or the problems' own verifier if there is none.
-
-    Raises:
-        TreadleError: the verifier itself is misconfigured: no completion can be scored.
+    It raises TreadleError where the rule itself is misconfigured: no answer can be scored.
     """
+    return lambda problem, texts: [_guarded(rate, problem, text, seconds) for text in texts]
+
+
+def _guarded(
+    rate: Callable[[Problem, str], float], problem: Problem, text: str, seconds: float
+) -> Scored:
     try:
         with time_limit(seconds):
-            if isinstance(reward, Weighted):
-                parts = reward.by_name(problem, text)
-                value = reward.combined(parts)
-            else:
-                parts = {}
-                value = reward(problem, text) if reward else problems.score(problem, text)
-            # Some ways to weigh rewards, such as the least of them, would hide one that is none.
-            for name, number in (*parts.items(), ("", value)):
-                if not math.isfinite(number):
-                    which = f"the reward `{name}`" if name else "the reward"
-                    return Scored(0.0, failure=f"{which} was {number}")
+            value = rate(problem, text)
+            if not math.isfinite(value):
+                return Scored(0.0, failure=f"the reward was {value}")
     except TreadleError:
         raise
-    except (Exception, OvertimeError) as error:  # a verifier may fail in any way
+    except (Exception, OvertimeError, SystemExit) as error:  # a verifier may fail in any way
         return Scored(0.0, failure=f"{type(error).__name__}: {error}"[:200])
-    return Scored(value, parts)
+    return Scored(value)
 
 
 class OvertimeError(BaseException):
@@ -104,8 +87,6 @@ def require_sound(scores: Sequence[Scored]) -> None:
         )
 
 
-def scorer(
-    problems: Problems, reward: Reward | None, seconds: float
-) -> Callable[[Problem, str], Scored]:
-    """`score` with all but the completion settled."""
-    return lambda problem, text: score(problems, reward, problem, text, seconds)
+def scorer(problems: Problems, seconds: float) -> Callable[[Problem, str], Scored]:
+    """The problems' own verifier, for an answer at a time."""
+    return lambda problem, text: _guarded(problems.score, problem, text, seconds)

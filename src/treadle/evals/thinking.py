@@ -86,7 +86,7 @@ class MeasureThinking(Step):
         seconds = time.monotonic() - started
         given = [completions[0] for completions in answers]
         scores = [
-            scorer(exam.problems, None, exam.patience)(problem, visible(completion.text))
+            scorer(exam.problems, exam.patience)(problem, visible(completion.text))
             for (exam, _), problem, completion in zip(put, problems, given, strict=True)
         ]
         require_sound(scores)
