@@ -204,6 +204,28 @@ def test_the_reference_is_asked_only_about_what_the_run_comes_to(tmp_path: Path)
     torch.testing.assert_close(here.reference, full.reference)
 
 
+def test_a_reference_that_is_interrupted_goes_on(tmp_path: Path) -> None:
+    """What was computed before is not computed again; no more trees are held than needed."""
+    rows = [{**PAIRS[i % 4], "prompt": f"{i}?"} for i in range(600)]
+    stream = source(tmp_path, rows, reference=NoReference()).open(env(tiny_model(), tmp_path))
+    asked: list[int] = []
+
+    def tree(index: int) -> Tree:
+        asked.append(index)
+        if len(asked) == 400:
+            raise KeyboardInterrupt
+        return stream.tree(index)
+
+    with pytest.raises(KeyboardInterrupt):
+        InitialModel()(stream.env, stream.kept, tree, 4096)
+    found = InitialModel()(stream.env, stream.kept, tree, 4096)
+    assert found is not None
+    assert asked[400:] == stream.kept[256:]
+    prompt, *answers = (list(p.tokens) for p in stream.tree(stream.kept[300]))
+    expected = [answer_logprobs(tiny_model(), prompt, a).sum() for a in answers]
+    torch.testing.assert_close(found[300], torch.stack(expected).detach(), rtol=1e-4, atol=1e-4)
+
+
 def test_a_mixture_has_references_for_all_its_draws(tmp_path: Path) -> None:
     """It may draw one task several times a step, more often than the run has steps."""
     rows = [{**row, "prompt": f"{row['prompt']} {i}"} for row in PAIRS for i in range(3)]
