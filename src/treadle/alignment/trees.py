@@ -25,7 +25,8 @@ SHOWN = 3
 def answer_tree(env: Env, prompt: Messages, answers: Sequence[Messages], longest: int) -> Tree:
     """The prompt, and each answer as its child; every token of an answer is learned.
 
-    What a template writes after the end of a turn belongs to no answer: no model ever writes it.
+    What a template writes after the end of a turn is read and not learned, since no model ever
+    writes it; a reward model judges at the end of it, as others do that see the whole text.
 
     Raises:
         TreadleError: an answer says nothing, or the prompt leaves no room for it.
@@ -45,10 +46,12 @@ def answer_tree(env: Env, prompt: Messages, answers: Sequence[Messages], longest
         chat = [*messages, *(m.plain() for m in answer)]
         tokens = encode_chat(env.tokenizer, chat, turns=LastTurn())
         end = max((i for i, written in enumerate(tokens.mask, 1) if written), default=0)
-        ids = tokens.ids[len(root) : min(end, longest)]
-        if not ids:
+        ids = tokens.ids[len(root) : longest]
+        written = min(end - len(root), len(ids))
+        if written <= 0:
             raise TreadleError("an answer has no turn of the assistant's")
-        children.append(Piece(ids, [True] * len(ids), parent=0))
+        learn = [True] * written + [False] * (len(ids) - written)
+        children.append(Piece(ids, learn, parent=0))
     return [Piece(root, [False] * len(root)), *children]
 
 
