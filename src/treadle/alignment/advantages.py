@@ -44,7 +44,7 @@ class GroupCentred(Advantage):
 
 
 class LeaveOneOut(Advantage):
-    """Against the mean of the other completions, an unbiased baseline: centred, times G / (G - 1)."""
+    """Against the mean of the others, an unbiased baseline: centred, times G / (G - 1)."""
 
     def __call__(self, rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
         group = rewards.shape[-1]

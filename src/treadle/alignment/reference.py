@@ -64,7 +64,7 @@ class InitialModel(Reference):
 def _asked(
     env: Env, numbers: Sequence[int], trees: Sequence[Tree], tokens: int
 ) -> dict[int, Float[Tensor, " A"]]:
-    found = {}
+    found: dict[int, Float[Tensor, " A"]] = {}
     with evaluating(env.model), env.autocast():
         for run in within_budget([tree_size(t) for t in trees], tokens):
             batch = assemble_trees([trees[i] for i in run]).to(env.device)
