@@ -249,3 +249,22 @@ def test_a_constitution_is_text(tmp_path: Path) -> None:
     path.write_bytes("- name: \u00fc".encode("latin-1"))
     with pytest.raises(FileFormatError, match="not valid YAML: 'utf-8' codec can't decode"):
         read_constitution(str(path))
+
+
+def test_a_constitution_that_is_not_there_is_found_before_anything_runs(tmp_path: Path) -> None:
+    first = Violations(
+        name="first", model=ShoutingModel(), subject="base", problems=Anything(),
+        constitution=ConstitutionOf(step="earlier"),
+    )  # fmt: skip
+    revise = Revise(
+        name="revise", model=ShoutingModel(), problems=Anything(), constitution="nowhere.yaml"
+    )
+    steps = (
+        revise.replace(name="earlier", constitution=str(tmp_path / "good.yaml")),
+        first,
+        revise,
+    )
+    (tmp_path / "good.yaml").write_text(CONSTITUTION)
+    with pytest.raises(TreadleError, match="`revise` cannot run: the constitution nowhere"):
+        execute(Pipeline(name="p", steps=steps), tmp_path / "run")
+    assert not (tmp_path / "run" / "earlier" / "pairs.jsonl").exists()

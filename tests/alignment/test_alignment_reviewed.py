@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -19,9 +20,9 @@ from treadle.alignment.reviewed import (
     first_mistake,
 )
 from treadle.alignment.rollouts import Rollouts
-from treadle.alignment.scoring import guarded
 from treadle.alignment.worked_solutions import worked_solution
 from treadle.core.errors import TreadleError
+from treadle.data.rating import guarded
 from treadle.data.records import Problem, assistant, user
 from treadle.data.source import Env
 from treadle.inference.engine import Engine
@@ -41,7 +42,7 @@ TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}a:{% endif %}"
 )
-GROUPS = [["low", "\u00ff", "low", "low again"], ["\u00fe", "<think>ab</think>", "\u00fd", " "]]
+GROUPS = [["low", "\u00ff", "low", "low again"], ["\u00fe", "<think>ab</think>c", "\u00fd", " "]]
 
 
 def env(model: DecoderModel, folder: Path) -> Env:
@@ -138,6 +139,23 @@ def test_lessons_longer_than_the_context_are_counted(tmp_path: Path) -> None:
         next(stream(tmp_path, [[long] * 4] * 2, balance=False))
 
 
+def test_an_attempt_that_shows_nothing_is_no_lesson(tmp_path: Path) -> None:
+    groups = [["low", "<think>a</think>", "\u00ff", "<think>b"]] * 2
+    found = learned(next(stream(tmp_path, groups, balance=False)))
+    assert [text.split("\n")[1] for text, _ in found] == ["a:low", "a:\u00ff"] * 2
+
+
+def test_ranks_share_a_step_of_lessons(tmp_path: Path) -> None:
+    alone = stream(tmp_path, GROUPS, per_step=4)
+    made = alone.config.open(replace(alone.env, world=2, rank=1))
+    made.rollouts.sample = alone.rollouts.sample
+    made.rollouts.share = 2
+    assert len(learned(next(made))) == 2
+    odd = alone.config.replace(rollouts=Rollouts(problems=Low(), prompts=3))
+    with pytest.raises(TreadleError, match="per_step=4 cannot be shared by 3 processes"):
+        odd.open(replace(alone.env, world=3))
+
+
 GCD = ReasoningGym(families=(Family(name="gcd", settings=(("max_value", 100),)),))
 
 
@@ -153,6 +171,9 @@ def test_critiques_name_the_first_mistake() -> None:
     found = assistant(f"Line 2 is wrong: 1 = 2\nRight is: {lines[1]}")
     assert critique.messages == (*first, found)
     assert refined.messages == (*first, found, user(strategy.refine), assistant(solution))
+    # Of what nobody sees nothing is said.
+    thought = f"<think>\nhm\n</think>\n{wrong}"
+    assert LearnCritique()(problem, thought, right=False) == (critique, refined)
     (praise,) = LearnCritique()(problem, solution, right=True)
     assert praise.messages[-1] == assistant("No mistakes.")
     assert strategy.content in praise.messages[-1].content.lower(), "which ends the rounds"

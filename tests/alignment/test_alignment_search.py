@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from treadle.alignment.lookups import BUILDINGS, InventedFacts, LookUps, buildings
-from treadle.alignment.search import Search, opened_index, words_of
+from treadle.alignment.search import SearchTool, opened_index, words_of
 from treadle.alignment.tool_solutions import CalculatorSolutions, SearchSolutions
 from treadle.alignment.tools import Calculator, WithTools, call_text
 from treadle.core.errors import TreadleError
@@ -40,7 +40,7 @@ def by_hand(passages: list[str], query: str) -> list[float]:
 def test_passages_are_ranked_as_bm25_ranks_them() -> None:
     passages, _ = opened_index(SMALL)
     assert len(passages) == 3 * 5 * 6
-    search = Search(documents=SMALL, found=3)
+    search = SearchTool(documents=SMALL, found=3)
     first = buildings(SMALL)[7]
     for query in (f"{first.kind} of {first.town} built", f"{first.founder} born", "MILLS, bridges"):
         scores = by_hand(passages, query)
@@ -49,7 +49,7 @@ def test_passages_are_ranked_as_bm25_ranks_them() -> None:
 
 
 def test_what_shares_no_word_is_not_told() -> None:
-    search = Search(documents=SMALL, found=50, longest=20)
+    search = SearchTool(documents=SMALL, found=50, longest=20)
     assert search({"query": "zebra"}) == "nothing was found"
     told = search({"query": buildings(SMALL)[0].founder}).splitlines()
     assert 1 < len(told) < 50
@@ -62,13 +62,13 @@ def test_files_are_searched_whatever_their_part(tmp_path: Path) -> None:
     path = tmp_path / "notes.jsonl"
     rows = [{"text": f"note {n} on subject{n}\nand more"} for n in range(40)] + [{"text": " "}]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    search = Search(documents=TextFiles(path=str(path)), found=1)
+    search = SearchTool(documents=TextFiles(path=str(path)), found=1)
     for n in range(40):
         assert search({"query": f"subject{n}"}) == f"note {n} on subject{n} and more"
     blank = tmp_path / "blank.jsonl"
     blank.write_text(json.dumps({"text": " "}) + "\n")
     with pytest.raises(TreadleError, match="there is no passage in the documents"):
-        Search(documents=TextFiles(path=str(blank)))({"query": "x"})
+        SearchTool(documents=TextFiles(path=str(blank)))({"query": "x"})
 
 
 def test_the_country_has_one_answer_to_each_question() -> None:
@@ -97,7 +97,7 @@ def test_worked_plays_find_what_they_say(hops: int) -> None:
     """Each answer was read, and each name that is asked for had been read before."""
     facts = InventedFacts()
     environment = WithTools(
-        problems=LookUps(facts=facts, hops=hops), tools=(Search(documents=facts),)
+        problems=LookUps(facts=facts, hops=hops), tools=(SearchTool(documents=facts),)
     )
     solutions = SearchSolutions(environment=environment, amount=30)
     for index in range(30):
@@ -117,11 +117,11 @@ def test_worked_plays_find_what_they_say(hops: int) -> None:
 def test_plays_need_the_right_tools_and_problems() -> None:
     lookups = LookUps(facts=SMALL)
     wrong = WithTools(problems=lookups, tools=(Calculator(),))
-    with pytest.raises(TreadleError, match="has no Search; add one to `tools`"):
+    with pytest.raises(TreadleError, match="has no SearchTool; add one to `tools`"):
         SearchSolutions(environment=wrong).conversation(0)
     with pytest.raises(TreadleError, match="these problems tell no expression"):
         CalculatorSolutions(environment=wrong).conversation(0)
-    search = wrong.replace(tools=(Search(documents=SMALL),))
+    search = wrong.replace(tools=(SearchTool(documents=SMALL),))
     heard = search.begin(0).hear(0, call_text("search", query="mill"))
     assert heard.next == 0
     assert "mill" in heard.told[0]

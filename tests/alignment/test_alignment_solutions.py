@@ -81,7 +81,8 @@ def test_planted_errors_are_where_they_are_said_to_be() -> None:
 
 
 def asks_for(first: list[list[str]], later: dict[str, list[str]]):
-    """An engine that says what it is told to."""
+    """An engine that says what it is told to, and never draws by the same numbers again."""
+    questions: set[int] = set()
 
     def done(text: str) -> Completion:
         return Completion(tokens=(1,), text=text, logprobs=(0.0,), finish="stop")
@@ -89,6 +90,9 @@ def asks_for(first: list[list[str]], later: dict[str, list[str]]):
     def ask(thinker: Thinker, asks: list[Ask], sampling, n: int):
         rows = [later[a.prefix] if a.prefix else first[a.question] for a in asks]
         assert all(len(row) == n for row in rows)
+        assert questions.isdisjoint(a.question for a in asks)
+        questions.update(a.question for a in asks)
+        assert len({a.question for a in asks}) == len(asks)
         return [[done(text) for text in row] for row in rows]
 
     return ask
@@ -193,6 +197,9 @@ def test_the_best_worst_step_is_chosen() -> None:
         {"best of 3": 0.5, "any one": (1 / 2 + 1 / 3) / 2}
     )
     assert chosen(rows[:1], [0.0]) == {}
+    # A model that tells nothing apart chooses no better than at random.
+    found = chosen(rows, [0.0] * 6)
+    assert found["best of 3"]["value"] == pytest.approx(found["any one"]["value"])
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,9 @@ class Revise(Step):
     precision: Precision = Auto()
     seed: int = 0
 
+    def check(self, workspace: Workspace) -> None:
+        read_constitution(self.constitution)
+
     def execute(self, workspace: Workspace) -> Mapping[str, Any]:
         principles = read_constitution(self.constitution)
         shutil.copyfile(self.constitution, workspace.folder / PRINCIPLES)

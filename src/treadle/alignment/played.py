@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from treadle.alignment.episodes import Environment, Episode, Seat, Table
+from treadle.alignment.episodes import Environment, Episode, Seat, Speaker, Table
 from treadle.alignment.on_policy import REDRAWS, TOLD, Answer, OnPolicy, answers_batch
 from treadle.core.errors import TreadleError
 from treadle.data.batch import within_budget
@@ -39,13 +39,16 @@ class Played(OnPolicy):
         """Where the model of `env` plays."""
         return Table(
             environment=self.environment,
-            tokenizer=env.tokenizer,
-            context=env.model.config.context,
-            sample=self.sampler.open(env, self.share(env) * self.completions),
+            speaker=self.speaker(env),
             sampling=self.sampling,
             turns=self.turns,
             patience=self.patience,
         )
+
+    def speaker(self, env: Env) -> Speaker:
+        """The model of `env`, which may speak in as many plays at once as a step has."""
+        sample = self.sampler.open(env, self.share(env) * self.completions)
+        return Speaker(env.tokenizer, env.model.config.context, sample)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from typing import Any
 
 from pydantic import Field
 
+from treadle.alignment.on_policy import shared
 from treadle.alignment.rollouts import Rollouts
 from treadle.alignment.worked_solutions import worked_solution
 from treadle.core.cards import Card
@@ -85,7 +86,7 @@ class LearnCritique(Lesson):
         if right:
             return (Chat((*said, assistant("No mistakes."))),)
         solution = worked_solution(problem)
-        found = assistant(first_mistake(attempt, solution))
+        found = assistant(first_mistake(visible(attempt), solution))
         refined: tuple[Message, ...] = (user(self.strategy.refine), assistant(solution))
         return Chat((*said, found)), Chat((*said, found, *refined))
 
@@ -111,7 +112,7 @@ class Reviewed(Source):
     """What is sampled in a round: its prompts, completions, sampling and reward."""
     lesson: Lesson
     per_step: int = Field(32, ge=1)
-    """Conversations in an optimiser step."""
+    """Conversations in an optimiser step, over all ranks."""
     threshold: float = 1.0
     """Least reward of a right answer."""
     balance: bool = True
@@ -129,12 +130,13 @@ class ReviewedStream(Stream):
     def __init__(self, config: Reviewed, env: Env) -> None:
         self.config, self.env = config, env
         self.rollouts = config.rollouts.open(env)
+        self.share = shared(config, "per_step", config.per_step, env)
         self.waiting: list[tuple[list[int], list[bool]]] = []
         self.metrics: dict[str, float] = {}
 
     def __next__(self) -> Work:
         for _ in range(REDRAWS):
-            if len(self.waiting) >= self.config.per_step:
+            if len(self.waiting) >= self.share:
                 break
             self._roll()
         if not self.waiting:
@@ -144,7 +146,7 @@ class ReviewedStream(Stream):
                 "context: choose harder, easier or shorter problems, raise the temperature, or set "
                 "balance=false"
             )
-        taken = self.waiting[: self.config.per_step]
+        taken = self.waiting[: self.share]
         self.waiting = self.waiting[len(taken) :]
         pieces = [Piece(ids, mask) for ids, mask in taken]
         runs = within_budget([len(p.tokens) for p in pieces], self.config.rollouts.tokens)
@@ -158,7 +160,7 @@ class ReviewedStream(Stream):
             for completion, scored in zip(group.completions, group.scores, strict=True):
                 rewards.append(scored.value)
                 right = scored.value >= self.config.threshold
-                if completion.text.strip() and not scored.failure:
+                if visible(completion.text).strip() and not scored.failure:
                     found[right][number, completion.text] = self._lessons(
                         group.problem, completion.text, right
                     )

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from pydantic import Field
 from torch import Tensor
 
 from treadle.alignment.iterate import opened_thinker
-from treadle.alignment.scoring import require_sound, scorer
 from treadle.alignment.solutions import STEPS, Solution, Solutions, solution_tree, step_batch
 from treadle.alignment.trees import Tree, tree_size, usable
 from treadle.core.errors import TreadleError
@@ -28,7 +28,7 @@ from treadle.core.pipeline import Step, Workspace
 from treadle.core.results import EVALUATION, Figure, accuracy
 from treadle.data.batch import within_budget
 from treadle.data.problems import Problems
-from treadle.data.rating import Scored
+from treadle.data.rating import Scored, require_sound, scorer
 from treadle.data.records import Problem
 from treadle.data.source import Env
 from treadle.inference.reasoning.strategy import Ask, Thinker, Turns
@@ -117,8 +117,10 @@ class RollOut(Step):
     ) -> dict[Prefix, list[str]]:
         """K whole solutions from each prefix."""
         begun = ["\n".join(p.lines) + "\n" for p in prefixes]
+        # Each with draws of its own: by those that made the prefix it would go on as it began.
         asks = [
-            Ask(p.problem, turns[p.problem], text) for p, text in zip(prefixes, begun, strict=True)
+            Ask(number, turns[p.problem], text)
+            for number, (p, text) in enumerate(zip(prefixes, begun, strict=True), len(turns))
         ]
         drawn = thinker.ask(asks, self.sampling, self.continuations)
         rows = zip(prefixes, begun, drawn, strict=True)
@@ -191,7 +193,7 @@ def row_of(problem: Problem, steps: Sequence[str], labels: Sequence[float]) -> d
 
 def chosen(rows: Sequence[Solution], worst: Sequence[float]) -> dict[str, Figure]:
     """Over problems with several solutions, the share where the one with the best worst step is
-    right, and the share of all that are."""
+    right (of several, any of them), and the share of all that are."""
     by_problem: dict[str, list[tuple[float, float]]] = {}
     for row, score in zip(rows, worst, strict=True):
         by_problem.setdefault(row.prompt[-1].content, []).append((score, row.labels[-1]))
@@ -199,8 +201,9 @@ def chosen(rows: Sequence[Solution], worst: Sequence[float]) -> dict[str, Figure
     if not several:
         return {}
     sizes = Counter(len(found) for found in several)
-    best = [max(found)[1] for found in several]
-    any_one = [sum(right for _, right in found) / len(found) for found in several]
+    first = [[right for score, right in found if score == max(found)[0]] for found in several]
+    best = [fmean(rights) for rights in first]
+    any_one = [fmean(right for _, right in found) for found in several]
     name = f"best of {max(sizes)}"
     return {name: accuracy(best), "any one": accuracy(any_one)}
 

@@ -33,7 +33,7 @@ CARD = Card(
 _WORD = re.compile(r"\w+")
 
 
-class Search(CallableTool):
+class SearchTool(CallableTool):
     """The passages that fit a query best, whatever part of the documents they are in."""
 
     documents: Documents
@@ -71,5 +71,5 @@ def opened_index(documents: Documents) -> tuple[list[str], WordIndex]:
     texts = (" ".join(document.text.split()) for document in documents.everything())
     passages = [text for text in texts if text]
     if not passages:
-        raise TreadleError("Search: there is no passage in the documents")
+        raise TreadleError("SearchTool: there is no passage in the documents")
     return passages, WordIndex([words_of(p) for p in passages])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from treadle.alignment.search import Search
+from treadle.alignment.search import SearchTool
 from treadle.alignment.tools import Calculator, CallableTool, WithTools, call_text
 from treadle.core.errors import TreadleError
 from treadle.data.records import Chat, assistant, user
@@ -54,7 +54,7 @@ class SearchSolutions(Conversations):
         told = self.environment.problems.problem(index).metadata
         if "queries" not in told:
             raise TreadleError("SearchSolutions: these problems tell no queries; take LookUps")
-        tool = tool_of(self.environment, Search)
+        tool = tool_of(self.environment, SearchTool)
         calls = [call_text(tool.name(), query=query) for query in told["queries"]]
         return worked_play(self.environment, index, calls)
 

@@ -9,14 +9,13 @@ from typing import Any
 
 from pydantic import Field
 
-from treadle.alignment.scoring import require_sound, scorer
 from treadle.alignment.verifiers import extract_answer
 from treadle.core.config import dump
 from treadle.core.files import write_json
 from treadle.core.pipeline import Step, Workspace
 from treadle.core.progress import Progress
 from treadle.core.results import REASONING, Reasoned, accuracy
-from treadle.data.rating import Rater, Rating
+from treadle.data.rating import Rater, Rating, require_sound, scorer
 from treadle.data.records import Problem
 from treadle.data.source import Env
 from treadle.evals.evaluate import Exam

@@ -6,7 +6,7 @@ from treadle.alignment.lookups import InventedFacts, LookUps
 from treadle.alignment.measure_played import MeasurePlayed
 from treadle.alignment.played import Played
 from treadle.alignment.samplers import NativeKernels
-from treadle.alignment.search import Search
+from treadle.alignment.search import SearchTool
 from treadle.alignment.tool_solutions import SearchSolutions
 from treadle.alignment.tools import WithTools
 from treadle.core.pipeline import Pipeline
@@ -15,7 +15,7 @@ from treadle.recipes.plays import BASE, reinforced, schooled, watched
 
 FACTS = InventedFacts()
 TRAINING = WithTools(
-    problems=LookUps(facts=FACTS, hops=2), tools=(Search(documents=FACTS),), calls=3
+    problems=LookUps(facts=FACTS, hops=2), tools=(SearchTool(documents=FACTS),), calls=3
 )
 
 

@@ -9,7 +9,7 @@ Its folder holds the parameters that were trained; the manifest holds the whole 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,7 +24,7 @@ from treadle.core.pipeline import Reads, Step, Workspace, find_step, read_manife
 from treadle.data.source import Env, Source
 from treadle.kernels.heap import keep_tensors_apart, release_tensors
 from treadle.models.decoder import DecoderModel
-from treadle.models.source import ModelSource, Opened, outlined, weight_bytes
+from treadle.models.source import ModelSource, Opened, origins, outlined, weight_bytes
 from treadle.models.transform import Transform, transformed
 from treadle.objectives.objective import Objective
 from treadle.optim.optimizer import Optimizer, Schedule
@@ -151,8 +151,14 @@ class Trained(ModelSource, Reads):
         return open_trained(workspace.output(self.step), workspace)
 
     def outline(self, workspace: Workspace) -> DecoderModel | None:
-        step = find_step(workspace.pipeline, self.step)
-        return as_training(step, f"`{self.step}`").outline(workspace)
+        return self._training(workspace).outline(workspace)
+
+    def origins(self, workspace: Workspace) -> Iterator[Path]:
+        """Of the model that the step trained: its folder has no copy."""
+        yield from origins(self._training(workspace).model, workspace)
+
+    def _training(self, workspace: Workspace) -> Training:
+        return as_training(find_step(workspace.pipeline, self.step), f"`{self.step}`")
 
 
 def open_trained(folder: Path, workspace: Workspace) -> Opened:
