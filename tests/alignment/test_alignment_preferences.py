@@ -127,6 +127,14 @@ def test_nothing_left_is_an_error(row, message: str, tmp_path: Path) -> None:
         source(tmp_path, [row]).open(env(tiny_model(), tmp_path))
 
 
+def test_each_process_has_a_pair(tmp_path: Path) -> None:
+    here = replace(env(tiny_model(), tmp_path), rank=2, world=3)
+    with pytest.raises(TreadleError, match="per_step=2 leaves some of 3 processes without pairs"):
+        source(tmp_path, per_step=2).open(here)
+    stream = source(tmp_path, per_step=3, reference=NoReference()).open(here)
+    assert [b.sequence_count for b in next(stream).batches] == [2]
+
+
 def test_without_reference_nothing_is_computed(tmp_path: Path) -> None:
     stream = source(tmp_path, reference=NoReference()).open(env(tiny_model(), tmp_path))
     assert next(stream).batches[0].reference is None

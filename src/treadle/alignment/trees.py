@@ -107,6 +107,11 @@ class TreeStream(Stream):
     `left_out.json`. Its state is the place in the order."""
 
     def __init__(self, env: Env, *, count: int, per_step: int, tokens: int, what: str) -> None:
+        if per_step < env.world:
+            raise TreadleError(
+                f"per_step={per_step} leaves some of {env.world} processes without {what}s: choose "
+                f"at least {env.world}"
+            )
         self.env, self.per_step, self.tokens, self.what = env, per_step, tokens, what
         self.kept = usable(count, self.tree, env.scratch / "left_out.json", what)
         self.left_out = count - len(self.kept)
