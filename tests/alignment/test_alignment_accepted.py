@@ -159,6 +159,11 @@ def test_ranks_share_a_step_of_problems(tmp_path: Path) -> None:
     whole, second = source(Low()), replace(here, world=2, rank=1)
     assert len({prompt for prompt, _ in texts(next(whole.open(here)))}) == 4
     assert len({prompt for prompt, _ in texts(next(whole.open(second)))}) == 2
+    work = next(source(Low(told=True)).open(second))  # another may have an accepted answer
+    assert work.batches == ()
+    assert work.spare is not None
+    assert work.spare.sequence_count == 1
+    assert work.metrics["accepted"] == 0
     with pytest.raises(TreadleError, match="per_step=3 cannot be shared by 2 processes"):
         source(Low(), per_step=3).open(second)
 

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -162,6 +163,17 @@ def test_workers_that_find_no_core_are_named(
     assert log.lines == []
     Pool(RayActors(workers=5, cores=0.5), env(tmp_path, log), 4)
     assert log.lines == ["rollouts: the workers wait for 2.5 cores, but Ray has 2"]
+
+
+def test_workers_get_a_model_on_the_processor(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    faked(monkeypatch)
+    here = env(tmp_path)
+    assert Pool(RayActors(), here, 4).parts[0] is here.model
+    moved = Pool(RayActors(), replace(here, device="cuda"), 4).parts[0]
+    assert moved is not here.model
+    assert {p.device.type for p in moved.parameters()} == {"cpu"}
 
 
 def test_shares_are_dealt_out_and_put_back_in_order(

@@ -151,6 +151,12 @@ def test_ranks_share_a_step_of_lessons(tmp_path: Path) -> None:
     made.rollouts.sample = alone.rollouts.sample
     made.rollouts.share = 2
     assert len(learned(next(made))) == 2
+    none = alone.config.open(replace(alone.env, world=2, rank=1))
+    none.rollouts.sample = lambda requests: [said(["low"] * 4)] * len(requests)
+    work = next(none)  # another may have a lesson
+    assert work.batches == ()
+    assert work.spare is not None
+    assert work.spare.sequence_count == 1
     odd = alone.config.replace(rollouts=Rollouts(problems=Low(), prompts=3))
     with pytest.raises(TreadleError, match="per_step=4 cannot be shared by 3 processes"):
         odd.open(replace(alone.env, world=3))

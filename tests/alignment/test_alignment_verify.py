@@ -214,6 +214,22 @@ NEAR = "class Near:\n    def __sub__(self, other): return 0.0\n"
         ),
         (QUARTER, f"{NEAR}def square(x): return Near()"),
         (QUARTER, "def abs(x): return 0\ndef square(x): return 9"),
+        (
+            NINE,
+            "import os\nfor n in range(3, 20):\n    try:\n"
+            """        os.write(n, b'[{"square": ["mine", 0]}, []]\\n')\n"""
+            """        os.write(n, b'["error", "SystemExit", "SystemExit", 0]\\n')\n"""
+            "    except OSError: pass\n",
+        ),
+        (
+            "assert square(lambda x, nine=9: x) == 9",
+            "def square(f): return f.__defaults__[0]",
+        ),
+        (
+            "assert math.isclose(square(0.5), 0.25)",
+            "from types import ModuleType\nmath = ModuleType('math')\n"
+            "math.isclose = lambda *a: True\ndef square(x): return 9",
+        ),
         (QUARTER, "import builtins\nbuiltins.abs = lambda x: 0\ndef square(x): return 9"),
     ],
 )
@@ -237,6 +253,9 @@ Pair = namedtuple("Pair", "a b")
 def halved(x):
     if x % 2: raise Odd("odd: %d" % x)
     return x // 2
+def refuse(): raise ValueError("no")
+def empty(things): things.clear()
+def of_kind(value, kind): return isinstance(value, kind)
 def sort(rows, key=None): rows.sort(key=key)
 def least(x, y): return min(x, y, key=lambda p: p.x)
 def upto(n):
@@ -256,6 +275,9 @@ def given(*args, **named): return args, named
         "assert halved(4) == 2\ntry: halved(3)\nexcept Odd as e: assert str(e) == 'odd: 3'\n"
         "else: raise AssertionError",
         "try: halved(3)\nexcept ValueError: pass\nelse: raise AssertionError",
+        "try: refuse()\nexcept Odd: raise AssertionError\nexcept ValueError: pass",
+        "one, two = {1: 2}, {3}; empty(one); empty(two); assert (one, two) == ({}, set())",
+        "assert of_kind(3, int) and not of_kind(3, str)",
         "try: given().nothing\nexcept AttributeError: pass\nelse: raise AssertionError",
         "rows = [3, 1, 2]; sort(rows); assert rows == [1, 2, 3]",
         "rows = [3, 1, 2]; sort(rows=rows, key=lambda x: -x); assert rows == [3, 2, 1]",
@@ -281,11 +303,18 @@ def test_a_program_may_be_asked_for_a_builtin() -> None:
     asked = problem("code", tests="assert sum(10, 15) == 25\nassert sum(-10, 20) == 10")
     assert marks(asked, "def sum(a, b): return a + b") == 1.0
     assert marks(asked, "def add(a, b): return a + b") == 0.0
+    helped = "def abs(x): return 0\ndef square(x): return x * x"
+    assert marks(problem("code", tests=QUARTER), helped) == 1.0
 
 
 @pytest.mark.parametrize(
     "program",
-    ["print('x' * 10**6)\ndef f(): print(1); return 2", "input()", "import sys; sys.exit(0)"],
+    [
+        "try: input()\nexcept EOFError: pass\ndef f(): return 2",
+        "print('x' * 10**6)\ndef f(): print(1); return 2",
+        "input()",
+        "import sys; sys.exit(0)",
+    ],
 )
 def test_programs_print_to_nobody(program: str) -> None:
     expected = float("def f" in program)

@@ -25,13 +25,13 @@ from typing import Any
 from pydantic import Field
 
 from treadle.alignment.on_policy import shared
-from treadle.alignment.rollouts import Group, Rollouts, prompt_tokens
+from treadle.alignment.rollouts import Group, Rollouts, prompt_tokens, spare_batch
 from treadle.alignment.trees import Tree, assemble_trees, tree_size
 from treadle.alignment.verifiers import extract_answer
 from treadle.core.cards import Card
 from treadle.core.config import Config
 from treadle.core.errors import TreadleError
-from treadle.data.batch import Piece, within_budget
+from treadle.data.batch import Batch, Piece, within_budget
 from treadle.data.records import Problem
 from treadle.data.source import Env, Source, Stream, Work
 from treadle.inference.reasoning.strategy import visible
@@ -124,6 +124,7 @@ class AcceptedStream(Stream):
         self.last: list[list[list[int]]] = []
         """The trees of this round: a prompt and its answers, as tokens."""
         self.place, self.round = 0, 0
+        self.spare: Batch | None = None
         self.metrics: dict[str, float] = {}
 
     def __next__(self) -> Work:
@@ -134,7 +135,8 @@ class AcceptedStream(Stream):
         self.place = end
         runs = within_budget([tree_size(t) for t in trees], self.config.rollouts.tokens)
         batches = tuple(assemble_trees([trees[i] for i in run]) for run in runs)
-        return Work(batches, {**self.metrics, "round": float(self.round)})
+        metrics = {**self.metrics, "round": float(self.round)}
+        return Work(batches, metrics, spare=None if batches else self.spare)
 
     def _next_round(self) -> None:
         self.place = 0
@@ -158,6 +160,9 @@ class AcceptedStream(Stream):
             if self.last:
                 self.round += 1
                 return
+        if self.env.world > 1:  # others may have some
+            self.spare = spare_batch(groups[0])
+            return
         raise TreadleError(
             f"no answer was accepted by {type(self.config.accept).__name__} in {REDRAWS} rounds of "
             f"{self.config.rollouts.prompts} problems: choose easier ones, sample more, give a "

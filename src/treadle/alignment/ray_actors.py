@@ -9,6 +9,7 @@ weights and the dead one's requests. Moritz et al. 2018, Ray, arXiv:1712.05889.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -104,7 +105,9 @@ class Pool:
         wanted, there = config.workers * config.cores, self.ray.cluster_resources().get("CPU", 0.0)
         if wanted > there:  # it may grow: some clusters do
             env.say(f"rollouts: the workers wait for {wanted:g} cores, but Ray has {there:g}")
-        self.parts = self.ray.put((env.model, Spelling.of(env.tokenizer)))
+        # Workers may be where there is no such device.
+        model = env.model if env.device == "cpu" else copy.deepcopy(env.model).cpu()
+        self.parts = self.ray.put((model, Spelling.of(env.tokenizer)))
         self.slots, self.replaced = slots, 0
         self.workers = [self._hire() for _ in range(config.workers)]
 

@@ -22,12 +22,12 @@ from typing import Any
 from pydantic import Field
 
 from treadle.alignment.on_policy import shared
-from treadle.alignment.rollouts import Rollouts
+from treadle.alignment.rollouts import Rollouts, spare_batch
 from treadle.alignment.worked_solutions import worked_solution
 from treadle.core.cards import Card
 from treadle.core.config import Config
 from treadle.core.errors import TreadleError
-from treadle.data.batch import Piece, assemble, within_budget
+from treadle.data.batch import Batch, Piece, assemble, within_budget
 from treadle.data.records import Chat, Message, Problem, assistant, user
 from treadle.data.source import Env, Source, Stream, Work
 from treadle.inference.reasoning.critique import CritiqueAndRefine
@@ -132,6 +132,7 @@ class ReviewedStream(Stream):
         self.rollouts = config.rollouts.open(env)
         self.share = shared(config, "per_step", config.per_step, env)
         self.waiting: list[tuple[list[int], list[bool]]] = []
+        self.spare: Batch | None = None
         self.metrics: dict[str, float] = {}
 
     def __next__(self) -> Work:
@@ -139,7 +140,7 @@ class ReviewedStream(Stream):
             if len(self.waiting) >= self.share:
                 break
             self._roll()
-        if not self.waiting:
+        if not self.waiting and self.env.world == 1:
             raise TreadleError(
                 f"{REDRAWS} rounds of {self.config.rollouts.prompts} problems gave only right or "
                 "only wrong answers, so there is nothing to tell apart, or lessons longer than the "
@@ -151,12 +152,15 @@ class ReviewedStream(Stream):
         pieces = [Piece(ids, mask) for ids, mask in taken]
         runs = within_budget([len(p.tokens) for p in pieces], self.config.rollouts.tokens)
         batches = tuple(assemble([pieces[i] for i in run]) for run in runs)
-        return Work(batches, {**self.metrics, "waiting": float(len(self.waiting))})
+        metrics = {**self.metrics, "waiting": float(len(self.waiting))}
+        return Work(batches, metrics, spare=None if batches else self.spare)
 
     def _roll(self) -> None:
         found: dict[bool, dict[tuple[int, str], tuple[Chat, ...]]] = {True: {}, False: {}}
         rewards = []
-        for number, group in enumerate(self.rollouts.roll()):
+        groups = self.rollouts.roll()
+        self.spare = spare_batch(groups[0])
+        for number, group in enumerate(groups):
             for completion, scored in zip(group.completions, group.scores, strict=True):
                 rewards.append(scored.value)
                 right = scored.value >= self.config.threshold

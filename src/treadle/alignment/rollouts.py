@@ -19,7 +19,7 @@ from torch import Tensor
 from treadle.alignment.on_policy import REDRAWS, TOLD, Answer, OnPolicy, answers_batch
 from treadle.alignment.watch import signs
 from treadle.core.errors import TreadleError
-from treadle.data.batch import within_budget
+from treadle.data.batch import Batch, Piece, assemble, within_budget
 from treadle.data.problems import Problems
 from treadle.data.rating import (
     Rater,
@@ -219,6 +219,13 @@ class RolloutStream(Stream):
 def prompt_tokens(env: Env, problem: Problem) -> tuple[int, ...]:
     """The problem as the chat template puts it, up to where the assistant begins."""
     return tuple(encode_prompt(env.tokenizer, [m.plain() for m in problem.prompt]))
+
+
+def spare_batch(group: Group) -> Batch:
+    """What a process without a lesson keeps in step with: nothing is learned from it."""
+    tokens = group.completions[0].tokens
+    prompt = Piece(group.prompt, [False] * len(group.prompt))
+    return assemble([prompt, Piece(tokens, [True] * len(tokens), parent=0)])
 
 
 def policy_batch(groups: Sequence[Group], advantages: Tensor, temperature: float) -> PolicyBatch:
