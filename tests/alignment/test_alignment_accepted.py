@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from treadle.alignment.rejection import accepted_texts
 from treadle.alignment.rollouts import Group, Rollouts
 from treadle.core.errors import TreadleError
 from treadle.data.problems import Problems
-from treadle.data.scored import Scored
+from treadle.data.rating import Scored
 from treadle.data.source import Env
 from treadle.inference.sampling import Sampling
 from treadle.models.decoder import DecoderModel
@@ -151,6 +152,15 @@ def test_hints_help_and_are_not_learned(tmp_path: Path) -> None:
         assert "low" not in prompt
     told = with_hint(problems.problem(3), Hint())
     assert told.prompt[-1].content == "q3\n(The answer is low. Show the way to it.)"
+
+
+def test_ranks_share_a_step_of_problems(tmp_path: Path) -> None:
+    here = env(model_that_ends(), tmp_path)
+    whole, second = source(Low()), replace(here, world=2, rank=1)
+    assert len({prompt for prompt, _ in texts(next(whole.open(here)))}) == 4
+    assert len({prompt for prompt, _ in texts(next(whole.open(second)))}) == 2
+    with pytest.raises(TreadleError, match="per_step=3 cannot be shared by 2 processes"):
+        source(Low(), per_step=3).open(second)
 
 
 def test_one_round_is_repeated(tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ def test_violations_fall_after_training(tmp_path: Path, monkeypatch: pytest.Monk
     path = tmp_path / "principles.yaml"
     path.write_text(CONSTITUTION)
     revise = Revise(
+        precision=FP32(),
         name="revise",
         model=ShoutingModel(),
         problems=Anything(),
@@ -100,6 +101,7 @@ def test_violations_fall_after_training(tmp_path: Path, monkeypatch: pytest.Monk
         fit=Fit(steps=60, precision=FP32()),
     )
     again = Violations(
+        precision=FP32(),
         name="again",
         model=Trained(step="train"),
         subject="train",
@@ -141,6 +143,7 @@ def test_a_revision_without_words_changes_nothing(
     path = tmp_path / "principles.yaml"
     path.write_text(CONSTITUTION)
     revise = Revise(
+        precision=FP32(),
         name="revise",
         model=ShoutingModel(),
         problems=Anything(),
@@ -205,6 +208,7 @@ def test_the_share_of_answers_that_keep_the_principles(
     (folder / "manifest.json").write_text("{}")
     (folder / "principles.yaml").write_text(CONSTITUTION)
     step = Violations(
+        precision=FP32(),
         name="v",
         subject="s",
         model=ShoutingModel(),
@@ -245,3 +249,22 @@ def test_a_constitution_is_text(tmp_path: Path) -> None:
     path.write_bytes("- name: \u00fc".encode("latin-1"))
     with pytest.raises(FileFormatError, match="not valid YAML: 'utf-8' codec can't decode"):
         read_constitution(str(path))
+
+
+def test_a_constitution_that_is_not_there_is_found_before_anything_runs(tmp_path: Path) -> None:
+    first = Violations(
+        name="first", model=ShoutingModel(), subject="base", problems=Anything(),
+        constitution=ConstitutionOf(step="earlier"),
+    )  # fmt: skip
+    revise = Revise(
+        name="revise", model=ShoutingModel(), problems=Anything(), constitution="nowhere.yaml"
+    )
+    steps = (
+        revise.replace(name="earlier", constitution=str(tmp_path / "good.yaml")),
+        first,
+        revise,
+    )
+    (tmp_path / "good.yaml").write_text(CONSTITUTION)
+    with pytest.raises(TreadleError, match="`revise` cannot run: the constitution nowhere"):
+        execute(Pipeline(name="p", steps=steps), tmp_path / "run")
+    assert not (tmp_path / "run" / "earlier" / "pairs.jsonl").exists()

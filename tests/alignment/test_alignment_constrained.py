@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_generation import byte_tokenizer, tiny_model
+from alignment.constrained_workers import (
+    ROLLOUTS,
+    ConstrainedLetters,
+    Dangerous,
+    env,
+    multipliers,
+    share,
+)
+from tiny_generation import tiny_model
+from train.processes import launch
 
 from treadle.alignment.constrained import ConstrainedRollouts
-from treadle.alignment.rewards import Reward
-from treadle.alignment.rollouts import Rollouts
 from treadle.core.pipeline import Pipeline, Workspace
 from treadle.core.progress import Silent
-from treadle.data.problems import Problems
-from treadle.data.records import Problem, user
-from treadle.data.source import Env, Source
-from treadle.inference.sampling import Sampling
-from treadle.models.decoder import DecoderModel
+from treadle.data.source import Source
 from treadle.objectives.policy import GRPO
 from treadle.optim.adamw import AdamW
 from treadle.optim.schedules import Constant
@@ -26,44 +30,6 @@ from treadle.train.fit import Fit, fit
 from treadle.train.hooks import Hook, StepReport
 from treadle.train.parallel.plan import SingleProcess
 from treadle.train.precision import FP32
-
-TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:"
-
-
-def share(text: str, low: str, high: str) -> float:
-    return sum(low <= c <= high for c in text) / max(1, len(text))
-
-
-class ConstrainedLetters(Problems):
-    """Reward: the share of ASCII text, but the second half of the alphabet, which is dangerous,
-    pays twice as much."""
-
-    def problem(self, index: int) -> Problem:
-        return Problem((user(f"write {index}"),), "", "letters")
-
-    def score(self, problem: Problem, completion: str) -> float:
-        danger = share(completion, "n", "z")
-        safe = share(completion, " ", "Z") + share(completion, "a", "m")
-        return 0.5 * safe + danger
-
-
-class Dangerous(Reward):
-    broken: bool = False
-
-    def __call__(self, problem: Problem, completion: str) -> float:
-        if self.broken and len(completion) % 2:
-            raise ValueError("no idea")
-        return share(completion, "n", "z")
-
-
-ROLLOUTS = Rollouts(
-    problems=ConstrainedLetters(), prompts=4, completions=8, sampling=Sampling(max_tokens=8)
-)
-
-
-def env(model: DecoderModel, folder: Path) -> Env:
-    tokenizer = byte_tokenizer().with_template(TEMPLATE)
-    return Env(model=model, tokenizer=tokenizer, scratch=folder)
 
 
 class Log(Silent):
@@ -153,3 +119,30 @@ def test_costs_that_fail_count_as_the_highest(tmp_path: Path) -> None:
     assert shaped.metrics["costs_failed"] == sum(odd) > 0
     assert log.lines == ["rollouts: a cost is taken for the highest: ValueError: no idea"]
     assert shaped.metrics["cost"] >= sum(odd) / len(odd)
+
+
+@pytest.mark.distributed
+def test_two_ranks_have_the_multiplier_of_one(tmp_path: Path) -> None:
+    """Each has other answers, whose costs differ, but both learn from the same reward."""
+    launch(multipliers, 2, tmp_path, tmp_path)
+    multipliers(tmp_path)
+    alone, *ranks = (
+        json.loads((tmp_path / f"multipliers-{name}.json").read_text())
+        for name in ("0-of-1", "0-of-2", "1-of-2")
+    )
+    assert alone[0][2] != alone[0][1]
+    for found in ranks:
+        assert found == [pytest.approx(row) for row in alone]
+
+
+@pytest.mark.parametrize(("limit", "bound"), [(1e-6, 100.0), (1.0, 0.01)])
+def test_the_multiplier_stays_where_it_can_come_back_from(
+    tmp_path: Path, limit: float, bound: float
+) -> None:
+    """However far the costs are from the limit, and however long."""
+    source = ConstrainedRollouts(rollouts=ROLLOUTS, cost=Dangerous(), limit=limit, rate=1.0)
+    stream = source.open(env(tiny_model(), tmp_path))
+    groups = stream.rollouts.roll()
+    for _ in range(20):
+        stream._shaped(groups)
+    assert stream.multiplier == pytest.approx(bound)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from treadle.alignment.factuality import Factuality, claim_of, open_library
-from treadle.core.errors import TreadleError
+from treadle.core.errors import FileFormatError, TreadleError
 from treadle.data.records import Problem, user
 
 TOWNS = ("Alden", "Brook", "Corin", "Dale", "Estow", "Farn", "Gale", "Holt", "Ives", "Jarrow")
@@ -53,6 +53,33 @@ def test_planted_claims_are_told_apart(reward: Factuality) -> None:
     assert reward(PROBLEM, f"{true[0]} {false[0]} {true[2]}\n{false[3]}") == 0.5
 
 
+def test_one_wrong_name_or_number_is_enough(reward: Factuality) -> None:
+    """However much else is right, wherever it stands and however it is written."""
+    town, other, river, year = TOWNS[0], TOWNS[1], RIVERS[0], YEARS[0]
+    whole = "{} lies on the river {} and was founded in {}."
+    assert reward(PROBLEM, whole.format(town, river, year)) == 1.0
+    assert reward(PROBLEM, whole.format(town, river, year).lower()) == 1.0
+    for wrong in (
+        whole.format(other, river, year),
+        whole.format("Zork", river, year),
+        whole.format(other, river, year).lower(),
+        whole.format(town, RIVERS[1], year).lower(),
+        f"In {year} {town} was founded on the river {river}, where {RIVERS[1]} lies.".lower(),
+    ):
+        assert reward(PROBLEM, wrong) == 0.0, wrong
+
+
+def test_a_number_is_one_word(tmp_path: Path) -> None:
+    path = tmp_path / "facts.txt"
+    path.write_text("The tower is 12.5 metres high and holds 1,304 stones.")
+    found = Factuality(evidence=str(path))
+    assert found(PROBLEM, "The tower holds 1304 stones.") == 1.0
+    assert found(PROBLEM, "The tower is 12.5 metres high.") == 1.0
+    assert found(PROBLEM, "The tower is 5.12 metres high.") == 0.0
+    assert found(PROBLEM, "The tower is 12 metres high.") == 0.0
+    assert found(PROBLEM, "The tower holds 1 stones.") == 0.0
+
+
 def test_nothing_said_is_worth_nothing(reward: Factuality) -> None:
     assert reward(PROBLEM, "") == reward(PROBLEM, "Yes. It is. So.") == 0.0
     assert reward(PROBLEM, "Quantum zebras yodel.") == 0.0
@@ -85,3 +112,6 @@ def test_missing_evidence_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(TreadleError, match="has no sentence"):
         Factuality(evidence=str(tmp_path / "empty.txt"))(PROBLEM, "The sea is wide.")
+    (tmp_path / "latin.txt").write_bytes("Das Schloß.".encode("latin-1"))
+    with pytest.raises(FileFormatError, match=r"evidence .*latin\.txt is no UTF-8 text"):
+        Factuality(evidence=str(tmp_path / "latin.txt"))(PROBLEM, "The sea is wide.")

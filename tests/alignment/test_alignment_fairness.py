@@ -136,11 +136,15 @@ def test_scores_that_fail_are_counted(tmp_path: Path) -> None:
     torch.testing.assert_close(shaped.rewards, wanted)
 
 
-def test_bad_sets_are_refused() -> None:
+def test_bad_sets_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no multiple of the 2 names"):
         FairRollouts(rollouts=ROLLOUTS.replace(prompts=3), score=Praise())
     with pytest.raises(ValueError, match="must be Counterfactuals"):
         FairRollouts(rollouts=ROLLOUTS.replace(problems=Letters4All()), score=Praise())
+    three = ROLLOUTS.replace(prompts=6)
+    env = Env(model=tiny_model(), tokenizer=byte_tokenizer(), scratch=tmp_path, world=2)
+    with pytest.raises(TreadleError, match=r"prompts=6 over 2 processes cuts .* multiple of 4"):
+        FairRollouts(rollouts=three, score=Praise()).open(env)
     nameless = Counterfactuals(problems=Letters4All(text="about"), names=("A", "B"))
     with pytest.raises(TreadleError, match=r"problem 0 has no \{name\}"):
         nameless.problem(0)

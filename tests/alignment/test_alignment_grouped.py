@@ -72,6 +72,15 @@ def test_worths_are_the_likeliest_a_posteriori() -> None:
     torch.testing.assert_close(found, (u[clusters] + v).detach(), rtol=1e-4, atol=1e-5)
 
 
+def test_answers_of_hardly_any_worth_of_their_own() -> None:
+    """Those of one cluster are as good as one answer."""
+    pairs, better = torch.tensor([[0, 1], [1, 2], [0, 2]]), torch.tensor([1.0, 0.0, 1.0])
+    found = worths(pairs, better.double(), covariance([0, 1, 1], 1.5, 1e-12))
+    both = torch.tensor([[0, 1], [0, 1]]), torch.tensor([1.0, 1.0])
+    one = worths(both[0], both[1].double(), covariance([0, 1], 1.5, 1e-12))
+    torch.testing.assert_close(found, one[[0, 1, 1]])
+
+
 def order(wins: dict[str, float]) -> list[str]:
     return sorted(wins, key=lambda t: (wins[t], t))
 

@@ -66,6 +66,7 @@ class Backwards(Labeller):
 
 def compare(**changes) -> Compare:
     config = Compare(
+        precision=FP32(),
         name="label-1",
         model=IteratedModel(),
         problems=IteratedLetters(),
@@ -94,6 +95,7 @@ def rounds() -> Pipeline:
         now = Trained(step=f"round-{number}")
         steps.append(
             WinRate(
+                precision=FP32(),
                 name=f"win-{number}",
                 subject=f"round-{number}",
                 model=now,
@@ -201,6 +203,7 @@ def test_win_rates_count_what_was_decided(tmp_path: Path) -> None:
             return [Verdict(p) for p in (0.6, 0.5, 0.1, 0.9)]
 
     step = WinRate(
+        precision=FP32(),
         name="win",
         subject="s",
         model=IteratedModel(),

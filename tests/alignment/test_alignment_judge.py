@@ -18,6 +18,7 @@ from treadle.core.pipeline import Pipeline, Workspace
 from treadle.data.problems import Problems
 from treadle.data.records import Problem, assistant, user
 from treadle.models.source import ModelSource, Opened
+from treadle.train.precision import FP32
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:"
 
@@ -68,7 +69,7 @@ def test_the_bias_of_place_cancels() -> None:
 
 def test_turning_a_comparison_turns_the_verdict(tmp_path: Path) -> None:
     """And the bias, which belongs to the places, stays."""
-    judge = ByJudge(model=JudgeModel(), tokens=600)
+    judge = ByJudge(model=JudgeModel(), tokens=600, precision=FP32())
     pairs = [("one {b}", "two two"), ("x", "yes, surely"), ("long " * 12, "short")]
     found = asked(judge, [comparison(*p) for p in pairs], tmp_path)
     turned = asked(judge, [comparison(b, a) for a, b in pairs], tmp_path)
@@ -103,7 +104,12 @@ def test_the_first_answer_is_shown_as_a_first(tmp_path: Path) -> None:
     assert abs(worth) > 1e-3
     length = len(asked_by_hand("alpha", "beta"))
     for context, fits in ((512, True), (length, True), (length - 1, False)):
-        judge = ByJudge(model=JudgeModel(context=context), principle="Be kind.", temperature=0.5)
+        judge = ByJudge(
+            model=JudgeModel(context=context),
+            principle="Be kind.",
+            temperature=0.5,
+            precision=FP32(),
+        )
         (found,) = asked(judge, [pair], tmp_path)
         assert bool(found.failure) != fits
         if fits:
@@ -122,7 +128,7 @@ def test_odds_are_those_of_the_model_alone() -> None:
 
 
 def test_a_question_beyond_the_context_has_no_verdict(tmp_path: Path) -> None:
-    judge = ByJudge(model=JudgeModel(context=512))
+    judge = ByJudge(model=JudgeModel(context=512), precision=FP32())
     fits, beyond = comparison("a", "bb"), comparison("a", "b" * 500)
     alone = asked(judge, [fits], tmp_path)[0]
     long, short = asked(judge, [beyond, fits], tmp_path)

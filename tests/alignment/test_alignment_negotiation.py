@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from tiny_generation import byte_tokenizer, tiny_model
 
 from treadle.alignment.advantages import GroupCentred
 from treadle.alignment.episodes import Environment, Heard, Play, Seat
+from treadle.alignment.measure_played import MeasurePlayed
 from treadle.alignment.negotiation import (
     Bargaining,
     Deal,
@@ -26,12 +28,17 @@ from treadle.alignment.negotiation import (
     script,
 )
 from treadle.alignment.played import Lane, Played, lanes_batch, lanes_of
+from treadle.core.errors import TreadleError
+from treadle.core.execute import execute
+from treadle.core.pipeline import Pipeline, Workspace, read_manifest
+from treadle.core.results import accuracy
 from treadle.data.records import Messages, assistant, user
 from treadle.data.source import Env
 from treadle.inference.request import Completion, Request
 from treadle.inference.sampling import Sampling
 from treadle.models.decoder import DecoderModel, LinearHead
 from treadle.models.llama import tiny_llama
+from treadle.models.source import ModelSource, Opened
 from treadle.objectives.policy import GRPO, PerToken
 from treadle.optim.adamw import AdamW
 from treadle.optim.schedules import Constant
@@ -338,7 +345,7 @@ def test_each_seat_climbs_its_own_expected_payoff(tmp_path: Path) -> None:
     deal = next(i for i in itertools.count() if GAME.deal(i).counts == (3,))
     source = self_play().replace(prompts=1, completions=3, advantage=GroupCentred())
     stream = source.open(Env(model=model, tokenizer=tokenizer, scratch=tmp_path))
-    stream.table = replace(stream.table, sample=scripted)
+    stream.table = replace(stream.table, speaker=replace(stream.table.speaker, sample=scripted))
 
     found = [torch.zeros_like(p) for p in parameters]
     for lines in itertools.product(PLAYS, repeat=3):
@@ -407,3 +414,70 @@ def test_self_play_pays(tmp_path: Path) -> None:
     before, first, second = mean(start, start), mean(model, start), mean(start, model)
     assert float(first[0]) > 2 * float(before[0])
     assert float(second[1]) > 2 * float(before[1])
+
+
+class Always(ModelSource):
+    """Says the same whatever it hears."""
+
+    word: str
+
+    def open(self, workspace: Workspace) -> Opened:
+        tokenizer = phrases()
+        folder = workspace.folder / "tokenizer"
+        tokenizer.save(folder)
+        return Opened(speaker(tokenizer, (self.word,)), folder)
+
+
+def measured(folder: Path, **changes: object) -> tuple[dict, list[dict]]:
+    step = MeasurePlayed(
+        name="measure", subject="base", model=Always(word=YES), played=self_play(), what="payoff",
+        count=37, precision=FP32(),
+    ).replace(**changes)  # fmt: skip
+    execute(Pipeline(name="p", steps=(step,)), folder)
+    rows = (folder / "measure/samples.jsonl").read_text().splitlines()
+    return read_manifest(folder / "measure")["metrics"], [json.loads(row) for row in rows]
+
+
+def test_an_opponent_tells_a_better_bargainer(tmp_path: Path) -> None:
+    """One takes two hats and the other says yes: known payoffs, from both seats."""
+    takes, accepts = Always(word=TAKE), Always(word=YES)
+    alone, _ = measured(tmp_path / "alone", model=takes)
+    assert alone["results"]["payoff"]["value"] == 0
+    assert alone["results"].keys() == {"payoff"}
+
+    # Whoever says yes first gets nothing; two hats can only be taken where there are two.
+    deals = [GAME.deal(i).counts[0] for i in range(37)]
+    first = [2 / n if n > 1 else 0 for n in deals]
+    second = [(n - 2) / n if n > 1 else 0 for n in deals]
+    for name, mine, theirs in (("takes", first, second), ("accepts", second, first)):
+        model, opponent = (takes, accepts) if name == "takes" else (accepts, takes)
+        metrics, rows = measured(tmp_path / name, model=model, opponent=opponent)
+        zeros = [0.0] * 37
+        results = metrics["results"]
+        assert results == {
+            "payoff": pytest.approx(accuracy([*mine, *zeros])),
+            "payoff: the opponent's": pytest.approx(accuracy([*theirs, *zeros])),
+        }
+        assert metrics["problems_left_out"] == 0
+        assert len({row["problem"] for row in rows}) == 74
+        assert sum(row["score"] for row in rows) == pytest.approx(sum(mine))
+        for row in rows:
+            place = int(row["problem"][-1])
+            number = int(row["problem"].split("-")[1])
+            opening = GAME.openings(number)[place][0].content
+            assert row["prompt"].startswith(f"user: {opening}")
+            spoken = row["answer"].removeprefix("assistant: ").split("\n")[0]
+            # The second to speak says nothing where the first gave up or asked for too much.
+            over = name == "takes" or deals[number] == 1
+            assert spoken == ("" if place == 1 and over else model.word.removesuffix("."))
+
+
+def test_a_game_of_one_has_no_opponent(tmp_path: Path) -> None:
+    class Alone(Whispers):
+        def openings(self, index: int) -> tuple[Messages, ...]:
+            return ((user("alone"),),)
+
+    with pytest.raises(TreadleError, match="measure: the environment has one seat: no `opponent`"):
+        measured(
+            tmp_path, opponent=Always(word=YES), played=self_play().replace(environment=Alone())
+        )

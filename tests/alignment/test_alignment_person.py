@@ -99,13 +99,34 @@ def ask(labeller: ByPerson, folder: Path, progress: Progress) -> list[Verdict]:
     return labeller(PAIRS, NobodyScores(), workspace)
 
 
-def post(url: str, body: str, kind: str) -> int:
-    request = urllib.request.Request(url, body.encode(), {"Content-Type": kind})
+def post(url: str, body: str | None, kind: str, **headers: str) -> int:
+    data = None if body is None else body.encode()
+    request = urllib.request.Request(url, data, {"Content-Type": kind, **headers})
     try:
         with urllib.request.urlopen(request, timeout=20) as answer:
             return answer.status
     except urllib.error.HTTPError as error:
         return error.code
+
+
+def test_the_page_is_for_this_machine(tmp_path: Path) -> None:
+    """Whatever name another site gave to its address."""
+    heard = Heard()
+    thread = threading.Thread(target=lambda: ask(ByPerson(port=0), tmp_path, heard), daemon=True)
+    thread.start()
+    assert heard.said.wait(20)
+    label, json_kind = '{"number": 0, "choice": "left"}', "application/json"
+    for host in ("elsewhere.example", "127.0.0.1.example:80", ""):
+        for path in ("/", "/next"):
+            assert post(heard.address + path, None, json_kind, Host=host) == 403
+        assert post(f"{heard.address}/label", label, json_kind, Host=host) == 404
+    assert not (tmp_path / "labels.jsonl").read_text()
+    assert post(f"{heard.address}/next", None, json_kind, Host="localhost") == 200
+    for number in range(6):
+        body = label.replace("0", str(number))
+        assert post(f"{heard.address}/label", body, json_kind) == 200
+    thread.join(20)
+    assert not thread.is_alive()
 
 
 def test_whoever_leaves_before_the_reply_has_said_it(tmp_path: Path) -> None:
@@ -116,7 +137,8 @@ def test_whoever_leaves_before_the_reply_has_said_it(tmp_path: Path) -> None:
         def __init__(self) -> None:
             self.path = "/label"
             body = json.dumps({"number": 0, "choice": "same"}).encode()
-            self.headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+            self.headers = {"Content-Type": "application/json", "Host": "localhost:8765"}
+            self.headers["Content-Length"] = str(len(body))
             self.rfile = io.BytesIO(body)
 
         def _answer(self, status: int, body: bytes, kind: str) -> None:
@@ -162,6 +184,8 @@ def test_a_person_in_a_browser(tmp_path: Path) -> None:
                 page.reload()  # what is said is kept, what is not said is asked again
                 page.wait_for_function("document.getElementById('place').textContent == '3 of 6'")
             if i == 4:
+                page.keyboard.press("Alt+1")  # is for the browser
+                page.keyboard.press("Control+3")
                 page.keyboard.press({"left": "1", "right": "3"}[better])
             elif i == 5:
                 page.keyboard.press("2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -77,7 +78,7 @@ def test_reference_equals_separate_rows(tmp_path: Path) -> None:
 
 def test_what_comes_with_a_batch_is_of_its_own_pairs(tmp_path: Path) -> None:
     """In the order in which they are drawn, with one left out before them: log-probabilities,
-    margins (0 where raters said none) and confidence (1)."""
+    margins (NaN where raters said none) and confidence (1)."""
     told = [{**p, "margin": i / 4, "confidence": 0.6 + i / 10} for i, p in enumerate(PAIRS)]
     rows = [SAME, *told, {**PAIRS[0], "prompt": "and tea?"}]
     stream = source(tmp_path, rows, per_step=5, tokens=80).open(env(tiny_model(), tmp_path))
@@ -94,7 +95,7 @@ def test_what_comes_with_a_batch_is_of_its_own_pairs(tmp_path: Path) -> None:
             prompts, batch.margins.tolist(), batch.confidence.tolist(), strict=True
         ):
             (row,) = (r for r in rows[1:] if prompt.startswith(r["prompt"] + "\n"))
-            assert margin == row.get("margin", 0.0)
+            assert margin == pytest.approx(row.get("margin", math.nan), nan_ok=True)
             assert confidence == pytest.approx(row.get("confidence", 1.0))
             seen.append(row["prompt"])
     assert sorted(seen) == sorted(r["prompt"] for r in rows[1:])
@@ -201,6 +202,28 @@ def test_the_reference_is_asked_only_about_what_the_run_comes_to(tmp_path: Path)
             batches = next(here).batches
             assert all(torch.isfinite(b.reference).all() for b in batches)
     torch.testing.assert_close(here.reference, full.reference)
+
+
+def test_a_reference_that_is_interrupted_goes_on(tmp_path: Path) -> None:
+    """What was computed before is not computed again; no more trees are held than needed."""
+    rows = [{**PAIRS[i % 4], "prompt": f"{i}?"} for i in range(600)]
+    stream = source(tmp_path, rows, reference=NoReference()).open(env(tiny_model(), tmp_path))
+    asked: list[int] = []
+
+    def tree(index: int) -> Tree:
+        asked.append(index)
+        if len(asked) == 400:
+            raise KeyboardInterrupt
+        return stream.tree(index)
+
+    with pytest.raises(KeyboardInterrupt):
+        InitialModel()(stream.env, stream.kept, tree, 4096)
+    found = InitialModel()(stream.env, stream.kept, tree, 4096)
+    assert found is not None
+    assert asked[400:] == stream.kept[256:]
+    prompt, *answers = (list(p.tokens) for p in stream.tree(stream.kept[300]))
+    expected = [answer_logprobs(tiny_model(), prompt, a).sum() for a in answers]
+    torch.testing.assert_close(found[300], torch.stack(expected).detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_a_mixture_has_references_for_all_its_draws(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -19,9 +20,9 @@ from treadle.alignment.reviewed import (
     first_mistake,
 )
 from treadle.alignment.rollouts import Rollouts
-from treadle.alignment.scoring import scorer
 from treadle.alignment.worked_solutions import worked_solution
 from treadle.core.errors import TreadleError
+from treadle.data.rating import guarded
 from treadle.data.records import Problem, assistant, user
 from treadle.data.source import Env
 from treadle.inference.engine import Engine
@@ -41,7 +42,7 @@ TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}a:{% endif %}"
 )
-GROUPS = [["low", "\u00ff", "low", "low again"], ["\u00fe", "<think>ab</think>", "\u00fd", " "]]
+GROUPS = [["low", "\u00ff", "low", "low again"], ["\u00fe", "<think>ab</think>c", "\u00fd", " "]]
 
 
 def env(model: DecoderModel, folder: Path) -> Env:
@@ -50,7 +51,8 @@ def env(model: DecoderModel, folder: Path) -> Env:
 
 def stream(tmp_path: Path, groups: list[list[str]], **changes) -> ReviewedStream:
     rollouts = Rollouts(problems=Low(), prompts=2, completions=4)
-    config = Reviewed(rollouts=rollouts, **{"lesson": LearnVerdict(), "per_step": 4, **changes})
+    usual = {"lesson": LearnVerdict(), "per_step": 4, "answers": False}
+    config = Reviewed(rollouts=rollouts, **{**usual, **changes})
     made = config.open(env(model_that_ends(), tmp_path))
     made.rollouts.sample = lambda requests: [said(group) for group in groups]
     return made
@@ -90,6 +92,17 @@ def test_verdicts_are_the_verifiers(tmp_path: Path) -> None:
     assert learned(next(again)) == learned(next(made))
 
 
+def test_right_answers_are_learned_beside_verdicts(tmp_path: Path) -> None:
+    """Else the model would forget how to solve; wrong ones are never learned."""
+    found = learned(next(stream(tmp_path, GROUPS, answers=True, per_step=9)))
+    solved = [(text, word) for text, word in found if word not in ("Yes.", "No.")]
+    assert len(solved) == [word for _, word in found].count("Yes.") == 3
+    for text, word in solved:
+        assert text.startswith("u:q")
+        assert "?" not in text.split("\n")[1], "no question but the problem's"
+        assert Low().score(Low().problem(0), word) == 1.0
+
+
 def test_all_answers_without_balance(tmp_path: Path) -> None:
     right = [["low", "a"], ["b", "c"]]
     with pytest.raises(TreadleError, match="gave only right or only wrong answers"):
@@ -110,7 +123,7 @@ class Unsure(Low):
 def test_what_nobody_could_verify_teaches_nothing(tmp_path: Path) -> None:
     groups = [["low", "!", "!!", "\u00ff"], ["low", "!", "\u00fe", "\u00fd"]]
     made = stream(tmp_path, groups, balance=False)
-    made.rollouts.score = scorer(Unsure(), None, 1.0)
+    made.rollouts.rate = guarded(Unsure().score, 1.0)
     work = next(made)
     assert not any("!" in text for text, _ in learned(work) + learned(next(made)))
     assert (work.metrics["right_answers"], work.metrics["wrong_answers"]) == (2, 3)
@@ -124,6 +137,23 @@ def test_lessons_longer_than_the_context_are_counted(tmp_path: Path) -> None:
     assert not any(long in text for text, _ in learned(work))
     with pytest.raises(TreadleError, match="or lessons longer than the context"):
         next(stream(tmp_path, [[long] * 4] * 2, balance=False))
+
+
+def test_an_attempt_that_shows_nothing_is_no_lesson(tmp_path: Path) -> None:
+    groups = [["low", "<think>a</think>", "\u00ff", "<think>b"]] * 2
+    found = learned(next(stream(tmp_path, groups, balance=False)))
+    assert [text.split("\n")[1] for text, _ in found] == ["a:low", "a:\u00ff"] * 2
+
+
+def test_ranks_share_a_step_of_lessons(tmp_path: Path) -> None:
+    alone = stream(tmp_path, GROUPS, per_step=4)
+    made = alone.config.open(replace(alone.env, world=2, rank=1))
+    made.rollouts.sample = alone.rollouts.sample
+    made.rollouts.share = 2
+    assert len(learned(next(made))) == 2
+    odd = alone.config.replace(rollouts=Rollouts(problems=Low(), prompts=3))
+    with pytest.raises(TreadleError, match="per_step=4 cannot be shared by 3 processes"):
+        odd.open(replace(alone.env, world=3))
 
 
 GCD = ReasoningGym(families=(Family(name="gcd", settings=(("max_value", 100),)),))
@@ -141,6 +171,9 @@ def test_critiques_name_the_first_mistake() -> None:
     found = assistant(f"Line 2 is wrong: 1 = 2\nRight is: {lines[1]}")
     assert critique.messages == (*first, found)
     assert refined.messages == (*first, found, user(strategy.refine), assistant(solution))
+    # Of what nobody sees nothing is said.
+    thought = f"<think>\nhm\n</think>\n{wrong}"
+    assert LearnCritique()(problem, thought, right=False) == (critique, refined)
     (praise,) = LearnCritique()(problem, solution, right=True)
     assert praise.messages[-1] == assistant("No mistakes.")
     assert strategy.content in praise.messages[-1].content.lower(), "which ends the rounds"
@@ -158,7 +191,9 @@ def test_a_model_learns_to_tell(tmp_path: Path) -> None:
     model, plan = model_that_ends(), SingleProcess()
     rollouts = Rollouts(problems=Low(), prompts=8, completions=8)
     world, random = env(model, tmp_path), Random(0)
-    made = Reviewed(rollouts=rollouts, lesson=LearnVerdict(ask="?"), per_step=16).open(world)
+    made = Reviewed(
+        rollouts=rollouts, lesson=LearnVerdict(ask="?"), per_step=16, answers=False
+    ).open(world)
 
     def attempts(requests: object) -> list[list[Completion]]:
         """Not the model's own: it would soon answer every question as it answers `ask`."""

@@ -9,7 +9,10 @@ from statistics import fmean, stdev
 import pytest
 import torch
 from alignment.learn import Seen, learn
+from alignment.rollouts_workers import learn_in_step
+from safetensors.torch import load_file
 from tiny_generation import END, byte_tokenizer, tiny_model
+from train.processes import launch
 
 from treadle.alignment.advantages import (
     BatchNormalised,
@@ -277,6 +280,20 @@ def test_ranks_share_the_problems(tmp_path: Path) -> None:
     assert groups[0].problem == Letters().problem(4)
     with pytest.raises(TreadleError, match="prompts=4 cannot be shared by 3 processes"):
         source.open(replace(here, world=3))
+
+
+@pytest.mark.distributed
+def test_two_ranks_learn_what_one_does_where_one_has_no_signal(tmp_path: Path) -> None:
+    """And where neither has one, both draw anew."""
+    launch(learn_in_step, 2, tmp_path, tmp_path)
+    learn_in_step(tmp_path)
+    alone, *ranks = (
+        load_file(tmp_path / f"learned-{name}.safetensors")
+        for name in ("0-of-1", "0-of-2", "1-of-2")
+    )
+    for found in ranks:
+        for name, expected in alone.items():
+            torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_empty_completions_are_counted_and_learned(tmp_path: Path) -> None:

@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
+from tiny_generation import byte_tokenizer, tiny_model
 
-from treadle.alignment.rewards import Part, Reward, Weighted, WorstOf
-from treadle.alignment.scoring import reward_metrics, scorer
+from treadle.alignment.rewards import (
+    ArithmeticMean,
+    Combination,
+    GeometricMean,
+    Part,
+    Reward,
+    UncertaintyWeighted,
+    Weighted,
+    WorstOf,
+)
 from treadle.core.errors import TreadleError
 from treadle.data.problems import Problems
+from treadle.data.rating import (
+    OvertimeError,
+    Scored,
+    require_sound,
+    reward_metrics,
+    scorer,
+    time_limit,
+)
 from treadle.data.records import Problem, user
-from treadle.data.scored import OvertimeError, Scored, require_sound, time_limit
+from treadle.data.source import Env
 
 PROBLEM = Problem((user("?"),), "", "any")
+NOWHERE = Env(tiny_model(), byte_tokenizer(), Path("nowhere"))
 
 
 def hang() -> float:
@@ -48,6 +69,7 @@ class Marks(Problems):
             "endless": lambda: float("inf"),
             "hang": hang,
             "crash": crash,
+            "leave": lambda: sys.exit("wrong"),
         }
         return given[completion]()  # type: ignore[return-value]
 
@@ -72,6 +94,7 @@ class MarksOf(Reward):
         ("endless", 0.0, "the reward was inf"),
         ("hang", 0.0, "OvertimeError: no answer within 0.1 s"),
         ("crash", 0.0, f"ZeroDivisionError: {'x' * 181}"),
+        ("leave", 0.0, "SystemExit: wrong"),
         ("unheard of", 0.0, "KeyError: 'unheard of'"),
     ],
 )
@@ -79,15 +102,47 @@ class MarksOf(Reward):
 def test_whatever_a_verifier_does_there_is_a_score(
     reward: Reward | None, said: str, value: float, failure: str
 ) -> None:
-    assert scorer(Marks(), reward, 0.1)(PROBLEM, said) == Scored(value, failure=failure)
+    """Of the verifier of problems, for one answer at a time, and of a reward, for several."""
+    expected = Scored(value, failure=failure)
+    if reward is None:
+        assert scorer(Marks(), 0.1)(PROBLEM, said) == expected
+    else:
+        assert reward.open(NOWHERE, 0.1)(PROBLEM, ["whole", said]) == [Scored(1.0), expected]
 
 
 def test_what_is_no_reward_is_not_hidden_among_others() -> None:
     """The least of 1 and what is no number would be 1."""
     parts = (Part(name="fine", reward=MarksOf(said="whole")), Part(name="odd", reward=MarksOf()))
-    weigh = scorer(Marks(), Weighted(parts=parts, together=WorstOf()), 1.0)
-    assert weigh(PROBLEM, "half") == Scored(0.5, {"fine": 1, "odd": 0.5})
-    assert weigh(PROBLEM, "nan") == Scored(0.0, failure="the reward `odd` was nan")
+    weigh = Weighted(parts=parts, together=WorstOf()).open(NOWHERE, 1.0)
+    assert weigh(PROBLEM, ["half", "nan", "whole"]) == [
+        Scored(0.5, {"fine": 1, "odd": 0.5}),
+        Scored(0.0, failure="`odd`: the reward was nan"),
+        Scored(1.0, {"fine": 1, "odd": 1}),
+    ]
+
+
+@pytest.mark.parametrize("together", [ArithmeticMean(), GeometricMean(), WorstOf()])
+def test_what_is_watched_does_not_count(together: Combination) -> None:
+    parts = (
+        Part(name="learned", reward=MarksOf(said="half")),
+        Part(name="watched", reward=MarksOf(), weight=0.0),
+    )
+    rate = Weighted(parts=parts, together=together).open(NOWHERE, 1.0)
+    (found,) = rate(PROBLEM, ["whole"])
+    assert found == Scored(0.5, {"learned": 0.5, "watched": 1.0})
+    with pytest.raises(ValueError, match="no part has a weight: nothing would be learned"):
+        Weighted(parts=parts[1:])
+
+
+def test_doubt_costs_where_rewards_differ() -> None:
+    """The mean less its share of the variance, both weighted, and never below 0."""
+    doubted = UncertaintyWeighted(doubt=2.0)
+    assert doubted([0.8, 0.8, 0.8], [1, 2, 3]) == pytest.approx(0.8)
+    rewards, weights = np.array([0.9, 0.5, 0.6]), np.array([1.0, 1.0, 2.0])
+    mean = np.average(rewards, weights=weights)
+    spread = np.average((rewards - mean) ** 2, weights=weights)
+    assert doubted(list(rewards), list(weights)) == pytest.approx(mean - 2 * spread)
+    assert UncertaintyWeighted(doubt=9.0)([0.0, 1.0], [1, 1]) == 0.0
 
 
 def test_a_misconfigured_verifier_ends_the_run() -> None:
@@ -96,7 +151,7 @@ def test_a_misconfigured_verifier_ends_the_run() -> None:
             raise TreadleError("the problem has no tests")
 
     with pytest.raises(TreadleError, match="has no tests"):
-        scorer(Wrong(), None, 1.0)(PROBLEM, "half")
+        scorer(Wrong(), 1.0)(PROBLEM, "half")
 
 
 def test_time_limits_leave_nothing_behind() -> None:
@@ -122,7 +177,7 @@ def test_other_threads_are_not_limited() -> None:
     def score() -> None:
         with time_limit(0.01):
             time.sleep(0.05)
-        found.append(scorer(Marks(), None, 0.01)(PROBLEM, "half"))
+        found.append(scorer(Marks(), 0.01)(PROBLEM, "half"))
 
     thread = threading.Thread(target=score)
     thread.start()

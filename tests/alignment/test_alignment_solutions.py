@@ -9,7 +9,6 @@ import pytest
 from tiny_generation import byte_tokenizer, tiny_model
 
 from treadle.alignment.reasoning_gym import Family, ReasoningGym
-from treadle.alignment.reward_head import RewardHead
 from treadle.alignment.roll_out import MeasureSteps, RollOut, chosen
 from treadle.alignment.solutions import (
     PlantedErrors,
@@ -27,6 +26,7 @@ from treadle.data.records import Problem, user
 from treadle.data.source import Env
 from treadle.inference.reasoning.strategy import Ask, Thinker
 from treadle.inference.request import Completion
+from treadle.models.reward_head import RewardHead
 from treadle.models.source import ModelSource, Opened
 from treadle.objectives.process_reward import ProcessReward
 from treadle.optim.adamw import AdamW
@@ -81,7 +81,8 @@ def test_planted_errors_are_where_they_are_said_to_be() -> None:
 
 
 def asks_for(first: list[list[str]], later: dict[str, list[str]]):
-    """An engine that says what it is told to."""
+    """An engine that says what it is told to, and never draws by the same numbers again."""
+    questions: set[int] = set()
 
     def done(text: str) -> Completion:
         return Completion(tokens=(1,), text=text, logprobs=(0.0,), finish="stop")
@@ -89,6 +90,9 @@ def asks_for(first: list[list[str]], later: dict[str, list[str]]):
     def ask(thinker: Thinker, asks: list[Ask], sampling, n: int):
         rows = [later[a.prefix] if a.prefix else first[a.question] for a in asks]
         assert all(len(row) == n for row in rows)
+        assert questions.isdisjoint(a.question for a in asks)
+        questions.update(a.question for a in asks)
+        assert len({a.question for a in asks}) == len(asks)
         return [[done(text) for text in row] for row in rows]
 
     return ask
@@ -106,7 +110,14 @@ def test_labels_are_shares_of_continuations(
         "bad\ngood\ngood\ngood\n": ["good"] * 4,  # the verifier fails on these five lines
     }
     monkeypatch.setattr(Thinker, "ask", asks_for(first, later))
-    step = RollOut(name="label", model=SteppingModel(), problems=EndsWell(), count=2, solutions=2)
+    step = RollOut(
+        precision=FP32(),
+        name="label",
+        model=SteppingModel(),
+        problems=EndsWell(),
+        count=2,
+        solutions=2,
+    )
     execute(Pipeline(name="p", steps=(step,)), tmp_path)
     lines = (tmp_path / "label" / "steps.jsonl").read_text().splitlines()
     assert [json.loads(x) for x in lines] == [
@@ -122,7 +133,14 @@ def test_labels_are_shares_of_continuations(
 
 
 def test_no_solution_that_ends_is_an_error(tmp_path: Path) -> None:
-    step = RollOut(name="label", model=SteppingModel(), problems=EndsWell(), count=1, solutions=1)
+    step = RollOut(
+        precision=FP32(),
+        name="label",
+        model=SteppingModel(),
+        problems=EndsWell(),
+        count=1,
+        solutions=1,
+    )
     step = step.replace(sampling=step.sampling.replace(max_tokens=2))
     with pytest.raises(
         TreadleError, match="label: none of 1 solutions came to its end in 2 tokens"
@@ -179,6 +197,9 @@ def test_the_best_worst_step_is_chosen() -> None:
         {"best of 3": 0.5, "any one": (1 / 2 + 1 / 3) / 2}
     )
     assert chosen(rows[:1], [0.0]) == {}
+    # A model that tells nothing apart chooses no better than at random.
+    found = chosen(rows, [0.0] * 6)
+    assert found["best of 3"]["value"] == pytest.approx(found["any one"]["value"])
 
 
 @pytest.mark.parametrize(

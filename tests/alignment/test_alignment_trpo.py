@@ -217,10 +217,13 @@ class TRPOLetters(Problems):
 class TRPOModel(ModelSource):
     """A tiny model of bytes."""
 
+    frozen: bool = False
+
     def open(self, workspace: Workspace) -> Opened:
         torch.manual_seed(0)
         block = Block(mixer=Attention(heads=4, kv_heads=2), ffn=GatedMLP(hidden=32))
         model = Decoder(vocab=257, dim=16, context=128, blocks=(block,) * 2, std=0.5).build()
+        model.requires_grad_(not self.frozen)
         folder = workspace.folder / "tokenizer"
         byte_tokenizer().with_template(TEMPLATE).save(folder)
         return Opened(model, folder)
@@ -269,3 +272,8 @@ def test_no_signal_is_a_clear_error(tmp_path: Path) -> None:
     source = step().source.replace(problems=TRPOLetters(level=1.0))
     with pytest.raises(TreadleError, match="rewards within every group were equal"):
         execute(Pipeline(name="p", steps=(step(source=source),)), tmp_path)
+
+
+def test_a_frozen_model_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(TreadleError, match="no parameter is trained"):
+        execute(Pipeline(name="p", steps=(step(model=TRPOModel(frozen=True)),)), tmp_path)

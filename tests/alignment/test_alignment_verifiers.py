@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
+from tiny_generation import byte_tokenizer, tiny_model
 
 from treadle.alignment.reasoning_gym import Family, ReasoningGym
 from treadle.alignment.rewards import AnswerMarked, Graded, Part, Unmarked, Verified, Weighted
 from treadle.alignment.verifiers import extract_answer, marks, parse_number
 from treadle.core.config import from_yaml, to_yaml
 from treadle.core.errors import ConfigError, TreadleError
+from treadle.data.rating import Scored
 from treadle.data.records import Problem, user
+from treadle.data.source import Env
 
 
 @pytest.mark.parametrize(
@@ -108,11 +112,11 @@ def test_weighted_rewards() -> None:
         )
     )
     asked = spelling()
-    assert reward(asked, f"Answer: {asked.answer}") == 1.0
-    assert reward(asked, "Answer: wrong") == pytest.approx(0.25)
-    assert reward(asked, "I give up") == 0.0
+    rate = reward.open(Env(tiny_model(), byte_tokenizer(), Path("nowhere")), 1.0)
+    right, wrong, none = rate(asked, [f"Answer: {asked.answer}", "Answer: wrong", "I give up"])
+    assert (right.value, none.value) == (1.0, 0.0)
+    assert wrong == Scored(0.25, {"correct": 0.0, "marked": 1.0})
     assert [Unmarked()(asked, said) for said in ("Answer: wrong", "I give up")] == [0.0, 1.0]
-    assert reward.by_name(asked, "Answer: wrong") == {"correct": 0.0, "marked": 1.0}
     assert from_yaml(to_yaml(reward), expect=Weighted) == reward
 
 
@@ -120,8 +124,8 @@ def test_parts_have_names_of_their_own() -> None:
     part = Part(name="correct", reward=Verified())
     with pytest.raises(ValueError, match="two parts are called `correct`: rename one"):
         Weighted(parts=(part, part))
-    with pytest.raises(ConfigError, match="greater than 0"):
-        from_yaml("kind: Part\nname: x\nreward: {kind: Verified}\nweight: 0.0", expect=Part)
+    with pytest.raises(ConfigError, match="greater than or equal to 0"):
+        from_yaml("kind: Part\nname: x\nreward: {kind: Verified}\nweight: -0.1", expect=Part)
 
 
 def test_problems_score_by_their_reward() -> None:

@@ -192,6 +192,118 @@ def test_code(completion: str, expected: float) -> None:
     assert marks(ADD, completion) == expected
 
 
+NINE, QUARTER = "assert square(3) == 9", "assert abs(square(0.5) - 0.25) < 1e-6"
+EQUAL = "class Equal:\n    def __eq__(self, other): return True\n"
+NEAR = "class Near:\n    def __sub__(self, other): return 0.0\n"
+
+
+@pytest.mark.parametrize(
+    ("tests", "program"),
+    [
+        (NINE, "import sys, os\nprint(sys.stdin.readline(), flush=True)\nos._exit(0)"),
+        (NINE, "import sys\nprint(sys.stdin.read())\ndef square(x): raise SystemExit(0)"),
+        (NINE, "def square(x): raise SystemExit"),
+        (NINE, "def square(x):\n    import os\n    os._exit(0)"),
+        (NINE, f"{EQUAL}def square(x): return Equal()"),
+        (NINE, f"{EQUAL}def square(x): return [Equal()][0]"),
+        (NINE, "import sys\nsys._getframe(1).f_globals['tests'] = ''"),
+        (
+            NINE,
+            "import re\nright = re.findall('== ([0-9]+)', open('main.py').read())\n"
+            "def square(x): return int(right[-1])",
+        ),
+        (QUARTER, f"{NEAR}def square(x): return Near()"),
+        (QUARTER, "def abs(x): return 0\ndef square(x): return 9"),
+        (QUARTER, "import builtins\nbuiltins.abs = lambda x: 0\ndef square(x): return 9"),
+    ],
+)
+def test_a_program_cannot_say_that_it_passed(isolated: str, tests: str, program: str) -> None:
+    """By no word that it hears, by no way to end, and by no object that equals everything."""
+    assert marks(problem("code", tests=tests), program) == 0.0
+
+
+POINT = """
+class Point:
+    def __init__(self, x, y): self.x, self.y = x, y
+    def __eq__(self, other): return (self.x, self.y) == (other.x, other.y)
+    def __add__(self, other): return Point(self.x + other.x, self.y + other.y)
+    def __len__(self): return 2
+    def __getitem__(self, i): return (self.x, self.y)[i]
+    def __str__(self): return f"<{self.x}, {self.y}>"
+class Odd(ValueError): pass
+import math, re
+from collections import Counter, namedtuple
+Pair = namedtuple("Pair", "a b")
+def halved(x):
+    if x % 2: raise Odd("odd: %d" % x)
+    return x // 2
+def sort(rows, key=None): rows.sort(key=key)
+def least(x, y): return min(x, y, key=lambda p: p.x)
+def upto(n):
+    for i in range(n): yield i
+def given(*args, **named): return args, named
+"""
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        "p = Point(1, 2); assert p.x == 1 and len(p) == 2 and p[1] == 2 and str(p) == '<1, 2>'",
+        "assert Point(1, 2) + Point(2, 1) == Point(3, 3) != Point(1, 1)",
+        "p = Point(1, 2); p.x = 5; assert p == Point(5, 2) and isinstance(p, Point)",
+        "assert list(Point(1, 2)) == [1, 2] and 2 in Point(1, 2)",
+        "assert least(Point(2, 0), Point(1, 7)).y == 7",
+        "assert halved(4) == 2\ntry: halved(3)\nexcept Odd as e: assert str(e) == 'odd: 3'\n"
+        "else: raise AssertionError",
+        "try: halved(3)\nexcept ValueError: pass\nelse: raise AssertionError",
+        "try: given().nothing\nexcept AttributeError: pass\nelse: raise AssertionError",
+        "rows = [3, 1, 2]; sort(rows); assert rows == [1, 2, 3]",
+        "rows = [3, 1, 2]; sort(rows=rows, key=lambda x: -x); assert rows == [3, 2, 1]",
+        "points = [Point(2, 0), Point(1, 0)]; sort(points, lambda p: p.x)\nassert points[0].x == 1",
+        "assert list(upto(3)) == [0, 1, 2] and next(upto(1)) == 0",
+        "assert Counter('aab') == {'a': 2, 'b': 1} and Pair(1, 2) == (1, 2)",
+        "values = None, True, 2**20000, 0.1, -0.0, 1e400, 'ä\\n\\ud800', b'x\\0', 1j, {1: (2,)},"
+        " {3}, frozenset({4}), [[], ()], int\n"
+        "found, named = given(*values, kind=values)\n"
+        "assert found == values and repr(found) == repr(values) and named == {'kind': values}",
+        "assert math.isnan(given(math.nan)[0][0]) and re.match('a', 'ab')",
+        "def check(candidate):\n    assert candidate(6) == 3\ncheck(halved)",
+    ],
+)
+def test_programs_are_used_as_if_they_were_here(tests: str) -> None:
+    """Their objects, exceptions, generators and functions, and functions of the tests in them."""
+    assert marks(problem("code", tests=tests), POINT) == 1.0
+    with_error = f"{tests}\nassert halved(4) == 3"
+    assert marks(problem("code", tests=with_error), POINT) == 0.0
+
+
+def test_a_program_may_be_asked_for_a_builtin() -> None:
+    asked = problem("code", tests="assert sum(10, 15) == 25\nassert sum(-10, 20) == 10")
+    assert marks(asked, "def sum(a, b): return a + b") == 1.0
+    assert marks(asked, "def add(a, b): return a + b") == 0.0
+
+
+@pytest.mark.parametrize(
+    "program",
+    ["print('x' * 10**6)\ndef f(): print(1); return 2", "input()", "import sys; sys.exit(0)"],
+)
+def test_programs_print_to_nobody(program: str) -> None:
+    expected = float("def f" in program)
+    assert marks(problem("code", tests="assert f() == 2"), program) == expected
+
+
+def test_the_one_ends_with_the_other(isolated: str) -> None:
+    """The outcome is the first one's, whatever the second one does."""
+    wait = "import sys\nassert sys.stdin.read() == 'heard'\nraise SystemExit(4)"
+    assert sandbox.run_beside(wait, "print('heard', end='')").code == 4
+    hang = sandbox.run_beside("print('x', flush=True)", "while True: pass", seconds=20)
+    assert (hang.code, hang.timed_out) == (0, False)
+    late = sandbox.run_beside("input()", "while True: pass", seconds=0.5)
+    assert late.timed_out
+    assert late.code != 0
+    assert sandbox.run_beside("open(0).read(); 1 / 0", "").stderr.endswith("by zero\n")
+
+
 def test_code_needs_tests() -> None:
     with pytest.raises(TreadleError, match="has no tests: put them in `tests`"):
         marks(problem("code"), "pass")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 from tiny_generation import byte_tokenizer, tiny_model
@@ -11,6 +12,7 @@ from treadle.core.errors import TreadleError
 from treadle.core.progress import Silent
 from treadle.data.problems import Problems
 from treadle.data.records import Problem, user
+from treadle.data.source import Env
 from treadle.evals import evaluate
 from treadle.evals.evaluate import Exam
 from treadle.evals.reason import sit
@@ -47,15 +49,20 @@ def engine() -> Engine:
         BestOfN(n=2, sampling=Sampling(max_tokens=4), by=ByVerifier()),
     ],
 )
-def test_a_verifier_that_fails_is_counted(strategy: OneAnswer | BestOfN) -> None:
-    row, said = sit(engine(), strategy, Exam(name="moody", problems=Moody(), count=5, first=10))
+def test_a_verifier_that_fails_is_counted(strategy: OneAnswer | BestOfN, tmp_path: Path) -> None:
+    mind = engine()
+    here = Env(tiny_model(), mind.tokenizer, tmp_path)
+    exam = Exam(name="moody", problems=Moody(), count=5, first=10)
+    row, said = sit(mind, strategy, exam, here, Silent())
     assert row["accuracy"]["value"] == 3 / 5
     assert [a["failure"] for a in said] == ["", "ZeroDivisionError: oops"] * 2 + [""]
     assert [a["score"] for a in said] == [1.0, 0.0] * 2 + [1.0]
     assert [a["problem"] for a in said] == [f"moody-{i}" for i in range(10, 15)]
     assert row["tokens"] == sum(a["tokens"] for a in said) / 5
     with pytest.raises(TreadleError, match="the verifier failed for all 2 completions"):
-        sit(engine(), strategy, Exam(name="moody", problems=Moody(always=True), count=2))
+        sit(
+            mind, strategy, Exam(name="moody", problems=Moody(always=True), count=2), here, Silent()
+        )
 
 
 def test_an_exam_outlives_a_verifier_that_fails() -> None:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from tiny_generation import byte_tokenizer, tiny_model
 
-from treadle.alignment.reward_head import RewardHead
 from treadle.alignment.solutions import solution_tree, step_batch
 from treadle.core.errors import TreadleError
 from treadle.data.records import user
 from treadle.data.source import Env
 from treadle.models.decoder import DecoderModel
+from treadle.models.reward_head import RewardHead
 from treadle.objectives.process_reward import (
     ProcessReward,
     StepBatch,

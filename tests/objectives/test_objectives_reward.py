@@ -11,9 +11,9 @@ import torch
 from pair_rows import PAIRS, pair_batch
 from tiny_generation import tiny_model
 
-from treadle.alignment.reward_head import RewardHead
 from treadle.core.errors import TreadleError
 from treadle.models.decoder import DecoderModel
+from treadle.models.reward_head import RewardHead
 from treadle.objectives.dpo import PreferenceBatch
 from treadle.objectives.reward import BradleyTerry, sequence_scores
 
@@ -65,6 +65,8 @@ def test_margins_of_pairs_go_before_the_common_one() -> None:
     same = replace(pair_batch(), margins=torch.full((3,), 0.7))
     common = BradleyTerry(margin=0.7)(model, pair_batch()).total
     torch.testing.assert_close(BradleyTerry(margin=9.0)(model, same).total, common)
+    mixed = replace(pair_batch(), margins=torch.tensor([0.7, torch.nan, torch.nan]))
+    torch.testing.assert_close(BradleyTerry(margin=0.7)(model, mixed).total, common)
 
 
 def test_doubtful_labels_count_for_both_orders() -> None:

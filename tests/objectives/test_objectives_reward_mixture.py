@@ -191,6 +191,9 @@ def test_wrong_aspects_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(TreadleError, match="no pair of the aspect `two` can be learned from"):
         AspectPreferences(aspects=(one, Aspect(name="two", pairs=same))).open(env)
+    (tmp_path / "left_out.json").unlink()
+    with pytest.raises(TreadleError, match="no pair of those compared as a whole can be learned"):
+        AspectPreferences(aspects=(one, one.replace(name="two")), whole=(same,)).open(env)
     with pytest.raises(TreadleError, match=r"of aspect 2, but the head has 2: set Mixture.*=3"):
         MixtureBradleyTerry()(mixture_model(), aspect_batch([0, 2, WHOLE]))
     with pytest.raises(TreadleError, match="no scores by aspect"):

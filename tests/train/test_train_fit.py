@@ -13,20 +13,27 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from tiny_generation import byte_tokenizer
+from torch import Tensor, nn
 from train.processes import launch
 from train.tiny import CountedLM, TinyStream, tiny_model
 from train.workers import fit_under_plans
 
 from treadle.core.errors import TreadleError
+from treadle.core.pipeline import Pipeline, Workspace
+from treadle.data.source import Env, Source, Stream, Work
+from treadle.models.source import ModelSource, Opened
+from treadle.objectives.causal import CausalLM
 from treadle.optim.adamw import AdamW
 from treadle.optim.clipping import ZClip
 from treadle.optim.schedules import Cosine
 from treadle.train.fit import Fit, FitResult, fit
 from treadle.train.guard import Guard
 from treadle.train.hooks import Hook, JsonLines, StepReport
-from treadle.train.parallel.plan import SingleProcess
+from treadle.train.parallel.plan import Plan, SingleProcess, World
 from treadle.train.precision import FP16, FP32, Precision
+from treadle.train.run import Run
+from treadle.train.step import summed_gradients
 
 
 class Watch(Hook):
@@ -199,6 +206,58 @@ def test_fp16_finds_its_scale_without_alarming_the_guard(tmp_path: Path) -> None
     assert skipped == list(range(1, len(skipped) + 1)), "all at the start"
     assert not watch.rewinds
     assert result.loss < watch.reports[0].loss
+
+
+def test_a_step_without_a_batch_is_a_clear_error() -> None:
+    plan, precision = SingleProcess(), FP32()
+    world, scaler = plan.setup("cpu"), precision.scaler()
+    with pytest.raises(TreadleError, match="process 0 of 1 has no batch in a step"):
+        summed_gradients(tiny_model(), CausalLM(), Work(()), world, plan, precision, scaler)
+
+
+class MetaDevice(Plan):
+    """A plan for a device that is not the one where models are loaded."""
+
+    def setup(self, device: str = "") -> World:
+        return World(rank=0, size=1, device=torch.device("meta"))
+
+    def wrap(self, model: nn.Module) -> None:
+        raise AssertionError
+
+    def begin(self, model: nn.Module, *, last: bool) -> None:
+        raise AssertionError
+
+    def finish(self, model: nn.Module) -> None:
+        raise AssertionError
+
+    def rounds(self, batches: int) -> int:
+        raise AssertionError
+
+
+class AsksTheModel(Source):
+    """Needs the model as soon as it opens, as references do."""
+
+    def open(self, env: Env) -> Stream:
+        assert {str(p.device) for p in env.model.parameters()} == {env.device} == {"meta"}
+        raise InterruptedError
+
+
+def test_a_source_opens_with_the_model_where_it_is_trained(tmp_path: Path) -> None:
+    class SavedTokenizer(ModelSource):
+        def open(self, workspace: Workspace) -> Opened:
+            byte_tokenizer().save(tmp_path / "tokenizer")
+            return Opened(tiny_model(), tmp_path / "tokenizer")
+
+    step = Run(
+        model=SavedTokenizer(),
+        source=AsksTheModel(),
+        objective=CausalLM(),
+        optimizer=AdamW(lr=1e-3),
+        fit=Fit(steps=1, precision=FP32()),
+        plan=MetaDevice(),
+    )
+    with pytest.raises(InterruptedError):
+        step.execute(Workspace(tmp_path, tmp_path, Pipeline(name="p", steps=(step,))))
 
 
 @pytest.mark.distributed

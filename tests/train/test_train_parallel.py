@@ -72,6 +72,14 @@ def test_resume_and_uneven_ranks(tmp_path: Path) -> None:
         other = json.loads((tmp_path / f"unequal-zero1-{rank}.json").read_text())
         torch.testing.assert_close(torch.tensor(other), torch.tensor(weights[0]))
 
+    alone = Trainer(PLANS["single"])
+    alone.stream.world = 2
+    expected = torch.tensor(alone.train(3))
+    for name in ("ddp", "zero3"):
+        for rank in (0, 1):
+            seen = json.loads((tmp_path / f"spared-{name}-{rank}.json").read_text())
+            torch.testing.assert_close(torch.tensor(seen), expected, rtol=1e-4, atol=1e-5)
+
     # What two processes wrote, one can open; its data come from the shared place.
     trainer = Trainer(PLANS["single"])
     for name in ("zero3", "ddp"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from train.tiny import TinyStream, tiny_model
 
 from treadle.core.errors import TreadleError
+from treadle.data.source import Stream, Work
 from treadle.models.decoder import DecoderModel
 from treadle.objectives.causal import CausalLM
 from treadle.optim.adamw import AdamW
@@ -60,7 +62,7 @@ class Trainer:
         self.optimizer = AdamW(lr=1e-2, weight_decay=0.1).build(named)
         self.clipper = clip.build()
         rank, size = self.world.rank, self.world.size
-        self.stream = TinyStream(count=9, micro=micro, rank=rank, world=size)
+        self.stream: TinyStream | Spared = TinyStream(count=9, micro=micro, rank=rank, world=size)
         self.state = TrainState(
             model=self.model,
             optimizer=self.optimizer,
@@ -169,7 +171,33 @@ def resume_all(folder: Path, names: tuple[str, ...], steps: int) -> None:
     for name in names:
         resume_under_plan(folder, name, steps)
     unequal_micro_batches(folder)
+    one_rank_learns(folder)
     recompute_and_mixed(folder)
+
+
+class Spared(Stream):
+    """Rank 1 has nothing to learn from, but a batch to keep in step with."""
+
+    def __init__(self, stream: TinyStream) -> None:
+        self.stream = stream
+
+    def __next__(self) -> Work:
+        work = next(self.stream)
+        return work if self.stream.rank == 0 else Work((), spare=work.batches[0])
+
+    def state(self) -> dict[str, Any]:
+        return self.stream.state()
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.stream.restore(state)
+
+
+def one_rank_learns(folder: Path) -> None:
+    for name in ("ddp", "zero3"):
+        trainer = Trainer(PLANS[name])
+        trainer.stream = Spared(trainer.stream)
+        seen = trainer.train(3)
+        (folder / f"spared-{name}-{trainer.world.rank}.json").write_text(json.dumps(seen))
 
 
 def unequal_micro_batches(folder: Path) -> None:

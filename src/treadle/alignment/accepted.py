@@ -24,6 +24,7 @@ from typing import Any
 
 from pydantic import Field
 
+from treadle.alignment.on_policy import shared
 from treadle.alignment.rollouts import Group, Rollouts, prompt_tokens
 from treadle.alignment.trees import Tree, assemble_trees, tree_size
 from treadle.alignment.verifiers import extract_answer
@@ -102,7 +103,7 @@ class Accepted(Source):
     keep: int = Field(2, ge=1)
     """Different accepted answers that are learned for each problem at the most."""
     per_step: int = Field(8, ge=1)
-    """Problems in an optimiser step."""
+    """Problems in an optimiser step, over all ranks."""
     passes: int = Field(1, ge=1)
     """Times that a round's answers are learned before the next round."""
     hint: Hint | None = None
@@ -119,6 +120,7 @@ class AcceptedStream(Stream):
     def __init__(self, config: Accepted, env: Env) -> None:
         self.config, self.env = config, env
         self.rollouts = config.rollouts.open(env)
+        self.share = shared(config, "per_step", config.per_step, env)
         self.last: list[list[list[int]]] = []
         """The trees of this round: a prompt and its answers, as tokens."""
         self.place, self.round = 0, 0
@@ -127,7 +129,7 @@ class AcceptedStream(Stream):
     def __next__(self) -> Work:
         if self.place >= len(self.last) * self.config.passes:
             self._next_round()
-        end = min(self.place + self.config.per_step, len(self.last) * self.config.passes)
+        end = min(self.place + self.share, len(self.last) * self.config.passes)
         trees = [_tree(self.last[i % len(self.last)]) for i in range(self.place, end)]
         self.place = end
         runs = within_budget([tree_size(t) for t in trees], self.config.rollouts.tokens)

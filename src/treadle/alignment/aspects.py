@@ -63,11 +63,11 @@ class AspectStream(TreeStream):
         count, per_step, tokens = len(self.index), config.per_step, config.tokens
         super().__init__(env, count=count, per_step=per_step, tokens=tokens, what="pair")
         used = {self.index[i][0] for i in self.kept}
-        for k, aspect in enumerate(config.aspects):
+        asked = {k: f"of the aspect `{a.name}`" for k, a in enumerate(config.aspects)}
+        for k, which in {**asked, WHOLE: "of those compared as a whole"}.items():
             if k not in used:
                 raise TreadleError(
-                    f"no pair of the aspect `{aspect.name}` can be learned from: see "
-                    f"{env.scratch / 'left_out.json'}"
+                    f"no pair {which} can be learned from: see {env.scratch / 'left_out.json'}"
                 )
         records = [p.pair(i) for _, p, i in (self.index[n] for n in self.kept)]
         self.confidence = confidences_of(records)

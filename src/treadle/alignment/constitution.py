@@ -42,6 +42,7 @@ from treadle.data.problems import Problems
 from treadle.inference.reasoning.strategy import Ask, Thinker, Turns
 from treadle.inference.sampling import Sampling
 from treadle.models.source import ModelSource
+from treadle.train.precision import Auto, Precision
 
 CARD = Card(
     id="al.constitution",
@@ -108,14 +109,18 @@ class Revise(Step):
     rounds: int = Field(1, ge=1)
     """Revisions of each answer."""
     sampling: Sampling = Sampling(max_tokens=112)
+    precision: Precision = Auto()
     seed: int = 0
+
+    def check(self, workspace: Workspace) -> None:
+        read_constitution(self.constitution)
 
     def execute(self, workspace: Workspace) -> Mapping[str, Any]:
         principles = read_constitution(self.constitution)
         shutil.copyfile(self.constitution, workspace.folder / PRINCIPLES)
         problems = [self.problems.problem(i) for i in range(self.count)]
         asked: list[Turns] = [tuple(m.plain() for m in p.prompt) for p in problems]
-        thinker = opened_thinker(self.model, workspace)
+        thinker = opened_thinker(self.model, workspace, self.precision)
         first = self._say(thinker, asked)
         revised, critiques = first, [""] * len(first)
         draw = random.Random(self.seed)
@@ -165,11 +170,12 @@ class Violations(Step):
     constitution: ConstitutionOf
     count: int = Field(64, ge=1)
     sampling: Sampling = Sampling(max_tokens=112)
+    precision: Precision = Auto()
 
     def execute(self, workspace: Workspace) -> Mapping[str, Any]:
         principles = self.constitution.read(workspace)
         problems = [self.problems.problem(i) for i in range(self.count)]
-        answers = sampled(self.model, problems, self.sampling, 1, workspace)
+        answers = sampled(self.sampling, self.precision, workspace, self.model, problems, 1)
         kept = [float(violations(principles, texts) == 0) for texts in answers.texts]
         return {
             "kind": EVALUATION,

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from treadle.alignment.rewards import Reward
 from treadle.alignment.rollouts import Group, Rollouts, Shaped
-from treadle.alignment.scoring import scorer
 from treadle.core.cards import Card
+from treadle.data.rating import Rating
 from treadle.data.source import Env, Source, Stream, Work
+from treadle.train.parallel import talk
 
 CARD = Card(
     id="al.reward.safety",
@@ -31,16 +31,17 @@ CARD = Card(
     "[{kind: Family, name: gcd}]}}}'",
     oracle="tests/alignment/test_alignment_constrained.py::test_cost_is_held_under_its_limit",
 )
-LARGEST = 100.0
-"""Of the multiplier: beyond, only the cost counts anyway."""
+LARGEST, SMALLEST = 100.0, 0.01
+"""Of the multiplier: beyond, only the cost counts anyway, or only the reward; and it is to be back
+soon when that changes. One that starts below rises only."""
 
 
 class ConstrainedRollouts(Source):
     """Rollouts whose answers have a cost besides their reward."""
 
     rollouts: Rollouts
-    cost: Reward
-    """What an answer costs, 0 to 1: a `Reward` whose high values are bad."""
+    cost: Rating
+    """What an answer costs, 0 to 1: a rule or a cost model, whose high values are bad."""
     limit: float = Field(gt=0.0, le=1.0)
     """The mean cost d that is allowed."""
     multiplier: float = Field(1.0, gt=0.0)
@@ -58,22 +59,25 @@ class ConstrainedStream(Stream):
     def __init__(self, config: ConstrainedRollouts, env: Env) -> None:
         self.config = config
         self.rollouts = config.rollouts.open(env)
-        self.cost = scorer(config.rollouts.problems, config.cost, config.rollouts.patience)
+        self.cost = self.rollouts.rater(config.cost)
         self.multiplier = config.multiplier
 
     def __next__(self) -> Work:
         return self.rollouts.step(self._shaped)
 
     def _shaped(self, groups: list[Group]) -> Shaped:
-        found = [[self.cost(g.problem, c.text) for c in g.completions] for g in groups]
+        found = self.rollouts.rated(groups, self.cost)
         self.rollouts.check([c for row in found for c in row], "a cost is taken for the highest")
         # A cost that could not be found is taken for the highest: doubt must not pay.
         costs = torch.tensor([[1.0 if c.failure else c.value for c in row] for row in found])
         rewards = torch.tensor([g.rewards for g in groups])
         used = self.multiplier
-        mean = float(costs.mean())
+        # The multiplier is one for all ranks, so that all learn from the same reward.
+        total, count = talk.summed(float(costs.sum()), costs.numel())
+        mean = total / count
         step = self.config.rate * (mean - self.config.limit) / self.config.limit
-        self.multiplier = min(used * math.exp(step), LARGEST)
+        moved = math.exp(min(math.log(used) + step, math.log(LARGEST)))
+        self.multiplier = max(moved, min(used, SMALLEST))
         return Shaped(
             (rewards - used * costs) / (1 + used),
             {

@@ -20,9 +20,9 @@ import numpy as np
 from treadle.alignment.samplers import Sample
 from treadle.core.config import Config
 from treadle.core.errors import TreadleError
+from treadle.data.rating import OvertimeError, time_limit
 from treadle.data.records import Message, Messages, assistant, user
-from treadle.data.scored import OvertimeError, time_limit
-from treadle.inference.request import Request
+from treadle.inference.request import Completion, Request
 from treadle.inference.sampling import Sampling
 from treadle.tokenizers.chat import encode_prompt
 from treadle.tokenizers.tokenizer import Tokenizer
@@ -115,6 +115,11 @@ class Episode:
     """It ended in the middle of a turn, or for want of turns or of context."""
     failures: list[str] = field(default_factory=list)
 
+    @property
+    def place(self) -> int:
+        """The policy's seat where another model has the others: in each copy the next one."""
+        return self.copy % len(self.seats)
+
     def hear(self, said: str, patience: float) -> None:
         """Tell the environment; whatever it does, the run goes on."""
         assert self.speaker is not None
@@ -140,19 +145,28 @@ class Episode:
         self.speaker = heard.next
 
 
-@dataclass(frozen=True)
-class Table:
-    """Where episodes are played: an environment and a model that speaks for all seats."""
+@dataclass(frozen=True, eq=False)
+class Speaker:
+    """A model that speaks."""
 
-    environment: Environment
     tokenizer: Tokenizer
     context: int
     sample: Sample
+
+
+@dataclass(frozen=True)
+class Table:
+    """Where episodes are played: an environment, and who speaks for its seats."""
+
+    environment: Environment
+    speaker: Speaker
     sampling: Sampling
     turns: int
     """Utterances of an episode at most."""
     patience: float
     """Seconds after which an environment or a tool is given up."""
+    opponent: Speaker | None = None
+    """Speaks for all seats but `Episode.place`."""
 
     def play(self, numbers: Sequence[int], copies: int, seed: int) -> list[Episode]:
         """Every problem `copies` times, all side by side; those whose opening fills the context
@@ -174,31 +188,39 @@ class Table:
 
     def _round(self, going: list[Episode], seed: int) -> list[Episode]:
         """One utterance of each; those that are not over yet."""
-        asked: dict[tuple[int, tuple[int, ...]], list[Episode]] = {}
+        asked: dict[Speaker, dict[tuple[int, tuple[int, ...]], list[Episode]]] = {}
         for episode in going:
             assert episode.speaker is not None
-            ready = episode.seats[episode.speaker].ready(self.tokenizer)
-            if len(ready) >= self.context:
+            mine = self.opponent is None or episode.speaker == episode.place
+            speaker = self.speaker if mine else self.opponent
+            assert speaker is not None
+            ready = episode.seats[episode.speaker].ready(speaker.tokenizer)
+            if len(ready) >= speaker.context:
                 episode.seats[episode.speaker].forget_unanswered()
                 episode.cut_off, episode.speaker = True, None
             else:
-                asked.setdefault((episode.number, ready), []).append(episode)
-        requests = [
-            Request(prompt, self._seeded(rows[0], seed), n=len(rows))
-            for (_, prompt), rows in asked.items()
-        ]
-        answers = self.sample(requests) if requests else []
-        for rows, completions in zip(asked.values(), answers, strict=True):
-            for episode, c in zip(rows, completions, strict=True):
-                assert episode.speaker is not None
-                episode.seats[episode.speaker].speak(c.tokens, c.logprobs, c.text)
-                episode.turns += 1
-                episode.hear(c.text, self.patience)
-                if episode.speaker is not None and (
-                    c.finish == "length" or episode.turns >= self.turns
-                ):
-                    episode.cut_off, episode.speaker = True, None
+                alike = asked.setdefault(speaker, {})
+                alike.setdefault((episode.number, ready), []).append(episode)
+        for speaker, alike in asked.items():
+            requests = [
+                Request(prompt, self._seeded(rows[0], seed), n=len(rows))
+                for (_, prompt), rows in alike.items()
+            ]
+            for rows, completions in zip(alike.values(), speaker.sample(requests), strict=True):
+                for episode, completion in zip(rows, completions, strict=True):
+                    self._said(episode, completion)
         return [e for e in going if e.speaker is not None]
+
+    def _said(self, episode: Episode, completion: Completion) -> None:
+        assert episode.speaker is not None
+        seat = episode.seats[episode.speaker]
+        seat.speak(completion.tokens, completion.logprobs, completion.text)
+        episode.turns += 1
+        episode.hear(completion.text, self.patience)
+        if episode.speaker is not None and (
+            completion.finish == "length" or episode.turns >= self.turns
+        ):
+            episode.cut_off, episode.speaker = True, None
 
     def _seeded(self, first: Episode, seed: int) -> Sampling:
         """Other draws in every turn and for every prompt, the same in every run."""

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from treadle.alignment.rewards import Reward
 from treadle.core.cards import Card
-from treadle.core.errors import TreadleError
+from treadle.core.errors import FileFormatError, TreadleError
 from treadle.data.bm25 import WordIndex
 from treadle.data.records import Problem
 
@@ -33,7 +33,8 @@ CARD = Card(
     oracle="tests/alignment/test_alignment_factuality.py::test_planted_claims_are_told_apart",
 )
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
-_WORD = re.compile(r"\w[\w'-]*")
+_WORD = re.compile(r"\d+(?:[.,]\d+)+|\w[\w'-]*")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _DENIALS = frozenset(["not", "no", "never", "none", "nor", "neither", "cannot", "without"])
 _LIGHT = """
 a an the of in on at to for from by with as is are was were be been being it its this that
@@ -61,8 +62,9 @@ class Factuality(Reward):
         return sum(self.supported(c, library) for c in claims) / len(claims)
 
     def supported(self, claim: Claim, library: Library) -> bool:
+        exact = claim.exact | (claim.words & library.names)
         return any(
-            claim.exact <= known.words
+            exact <= known.words
             and claim.denied == known.denied
             and len(claim.words & known.words) >= self.covered * len(claim.words)
             for known in library.nearest(claim, self.found)
@@ -76,19 +78,22 @@ class Claim:
     words: frozenset[str]
     """Stems of content words."""
     exact: frozenset[str]
-    """Numbers, and names: words with a capital that do not begin the sentence."""
+    """Numbers, and words with a capital: the first may be a name as well."""
     denied: bool
 
 
 def claim_of(sentence: str) -> Claim:
-    raw = _WORD.findall(sentence)
+    raw = words_of(sentence)
     low = [w.lower() for w in raw]
-    names = {w.lower() for w in raw[1:] if w[0].isupper() and w != "I"}
-    numbers = {w for w in low if any(c.isdigit() for c in w)}
+    exact = {w.lower() for w in raw if w[0].isupper() or any(c.isdigit() for c in w)}
     denials = sum(w in _DENIALS or w.endswith("n't") for w in low)
     light = _DENIALS.union(_LIGHT.split())
     words = {stem(w) for w in low if w not in light and not w.endswith("n't")}
-    return Claim(frozenset(words), frozenset(map(stem, names | numbers)), denials % 2 == 1)
+    return Claim(frozenset(words), frozenset(words & set(map(stem, exact))), denials % 2 == 1)
+
+
+def words_of(sentence: str) -> list[str]:
+    return _WORD.findall(_THOUSANDS.sub("", sentence))
 
 
 def stem(word: str) -> str:
@@ -104,6 +109,9 @@ class Library:
 
     def __init__(self, sentences: list[str]) -> None:
         self.claims = [claim_of(s) for s in sentences]
+        within = (w for s in sentences for w in words_of(s)[1:])
+        self.names = frozenset(stem(w.lower()) for w in within if w[0].isupper())
+        """Words that have a capital within a sentence: also where a claim writes them small."""
         self.index = WordIndex([sorted(c.words) for c in self.claims])
 
     def nearest(self, claim: Claim, count: int) -> list[Claim]:
@@ -117,12 +125,18 @@ def open_library(path: str) -> Library:
 
     Raises:
         TreadleError: the file is not there or empty, or the library for BM25 is absent.
+        FileFormatError: it is no UTF-8 text.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise TreadleError(
             f"Factuality: the evidence {path} cannot be read ({error.strerror})"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise FileFormatError(
+            f"Factuality: the evidence {path} is no UTF-8 text ({error.reason} at byte "
+            f"{error.start}): convert it"
         ) from None
     sentences = [s.strip() for s in _SENTENCE.split(text) if s.strip()]
     if not sentences:

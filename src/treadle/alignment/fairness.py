@@ -22,12 +22,11 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from treadle.alignment.rewards import Reward
 from treadle.alignment.rollouts import Group, Rollouts, Shaped
-from treadle.alignment.scoring import scorer
 from treadle.core.cards import Card
 from treadle.core.errors import TreadleError
 from treadle.data.problems import Problems
+from treadle.data.rating import Rating
 from treadle.data.records import Problem
 from treadle.data.source import Env, Source, Stream, Work
 
@@ -75,7 +74,7 @@ class FairRollouts(Source):
 
     rollouts: Rollouts
     """Its problems are `Counterfactuals`, and its prompts hold whole sets."""
-    score: Reward
+    score: Rating
     """What groups should be equal in."""
     penalty: float = Field(1.0, ge=0.0)
     """lambda."""
@@ -93,6 +92,14 @@ class FairRollouts(Source):
         return self
 
     def open(self, env: Env) -> FairStream:
+        """Raises TreadleError where processes would share sets."""
+        assert isinstance(self.rollouts.problems, Counterfactuals)
+        names = len(self.rollouts.problems.names)
+        if self.rollouts.share(env) % names:
+            raise TreadleError(
+                f"FairRollouts: prompts={self.rollouts.prompts} over {env.world} processes cuts "
+                f"sets of {names} names: choose a multiple of {names * env.world}"
+            )
         return FairStream(self, env)
 
 
@@ -102,13 +109,13 @@ class FairStream(Stream):
     def __init__(self, config: FairRollouts, env: Env) -> None:
         self.config = config
         self.rollouts = config.rollouts.open(env)
-        self.score = scorer(config.rollouts.problems, config.score, config.rollouts.patience)
+        self.score = self.rollouts.rater(config.score)
 
     def __next__(self) -> Work:
         return self.rollouts.step(self._shaped)
 
     def _shaped(self, groups: list[Group]) -> Shaped:
-        found = [[self.score(g.problem, c.text) for c in g.completions] for g in groups]
+        found = self.rollouts.rated(groups, self.score)
         self.rollouts.check([s for row in found for s in row], "a score is taken for 0")
         scores = torch.tensor([[s.value for s in row] for row in found])
         rewards = torch.tensor([g.rewards for g in groups])

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
-from treadle.alignment.scoring import scorer
 from treadle.core.config import Config
 from treadle.core.pipeline import Workspace
 from treadle.data.problems import Problems
+from treadle.data.rating import require_sound, scorer
 from treadle.data.records import Problem
-from treadle.data.scored import require_sound
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class ByMarks(Labeller):
         self, comparisons: Sequence[Comparison], problems: Problems, workspace: Workspace
     ) -> list[Verdict]:
         """Raises TreadleError where the verifier failed for every answer."""
-        score = scorer(problems, None, self.patience)
+        score = scorer(problems, self.patience)
         found = [(score(c.problem, c.first), score(c.problem, c.second)) for c in comparisons]
         require_sound([s for pair in found for s in pair])
         verdicts = []

@@ -106,14 +106,15 @@ def worths(
     x = torch.zeros(len(pairs), len(prior), dtype=prior.dtype)
     x[rows, pairs[:, 0]] += 1
     x[rows, pairs[:, 1]] -= 1
-    precision = torch.linalg.inv(prior)
+    identity = torch.eye(len(prior), dtype=prior.dtype)
     s = torch.zeros(len(prior), dtype=prior.dtype)
     for _ in range(steps):
         p = torch.sigmoid(x @ s)
-        gradient = precision @ s - x.T @ (first_better - p)
-        hessian = precision + x.T @ ((p * (1 - p))[:, None] * x)
-        step = torch.linalg.solve(hessian, gradient)
-        s = s - step
-        if float(step.abs().max()) < 1e-10:
+        w = x.T @ ((p * (1 - p))[:, None] * x)
+        # (prior^-1 + w)^-1 b without the inverse, which answers of hardly any worth of their own
+        # do not have.
+        b = w @ s + x.T @ (first_better - p)
+        s, before = prior @ torch.linalg.solve(identity + w @ prior, b), s
+        if float((s - before).abs().max()) < 1e-10:
             break
     return s

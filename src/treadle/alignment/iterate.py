@@ -13,6 +13,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -34,6 +35,7 @@ from treadle.inference.reasoning.strategy import Ask, Thinker
 from treadle.inference.sampling import Sampling
 from treadle.models.source import ModelSource
 from treadle.tokenizers.load import tokenizer_of
+from treadle.train.precision import Auto, Precision
 
 CARD = Card(
     id="al.iterative",
@@ -98,10 +100,12 @@ class Compare(Step):
     pairing: Pairing = Neighbours()
     sampling: Sampling = Sampling(max_tokens=112)
     labeller: Labeller = ByMarks()
+    precision: Precision = Auto()
 
     def execute(self, workspace: Workspace) -> Mapping[str, Any]:
         problems = [self.problems.problem(self.first + i) for i in range(self.count)]
-        answers = sampled(self.model, problems, self.sampling, self.completions, workspace)
+        draw = partial(sampled, self.sampling, self.precision, workspace)
+        answers = draw(self.model, problems, self.completions)
         pairs = [
             Comparison(problem, a, b)
             for problem, texts in zip(problems, answers.texts, strict=True)
@@ -142,11 +146,13 @@ class WinRate(Step):
     count: int = Field(64, ge=1)
     sampling: Sampling = Sampling(max_tokens=112)
     labeller: Labeller = ByMarks()
+    precision: Precision = Auto()
 
     def execute(self, workspace: Workspace) -> Mapping[str, Any]:
         problems = [self.problems.problem(i) for i in range(self.count)]
-        mine = sampled(self.model, problems, self.sampling, 1, workspace, "mine")
-        theirs = sampled(self.against, problems, self.sampling, 1, workspace, "theirs")
+        draw = partial(sampled, self.sampling, self.precision, workspace)
+        mine = draw(self.model, problems, 1, "mine")
+        theirs = draw(self.against, problems, 1, "theirs")
         comparisons = [
             Comparison(problem, a, b)
             for problem, (a,), (b,) in zip(problems, mine.texts, theirs.texts, strict=True)
@@ -174,29 +180,35 @@ class Answers:
 
 
 def sampled(
+    sampling: Sampling,
+    precision: Precision,
+    workspace: Workspace,
     source: ModelSource,
     problems: Sequence[Problem],
-    sampling: Sampling,
     completions: int,
-    workspace: Workspace,
     what: str = "answers",
 ) -> Answers:
     """So many completions for each problem, kept in `what`.json: labels of an interrupted step
     stay labels of what they were given for."""
     path = workspace.folder / f"{what}.json"
     if not path.is_file():
-        thinker = opened_thinker(source, workspace, slots=max(SLOTS, completions))
+        thinker = opened_thinker(source, workspace, precision, slots=max(SLOTS, completions))
         asks = [Ask(i, tuple(m.plain() for m in p.prompt)) for i, p in enumerate(problems)]
         found = [[c.text for c in row] for row in thinker.ask(asks, sampling, completions)]
         write_json(path, {"texts": found, "too_long": thinker.overflows})
     return Answers(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def opened_thinker(source: ModelSource, workspace: Workspace, slots: int = SLOTS) -> Thinker:
+def opened_thinker(
+    source: ModelSource, workspace: Workspace, precision: Precision, slots: int = SLOTS
+) -> Thinker:
     """A model that is asked for whole texts."""
-    opened = source.open(workspace)
-    engine = Engine(opened.model.eval(), tokenizer_of(opened), EngineConfig(slots=slots))
-    return Thinker(engine, extract=lambda text: text)
+    opened, precision = source.open(workspace), precision.resolve("cpu")
+    model = opened.model.eval().requires_grad_(False)
+    precision.prepare(model)
+    config, autocast = EngineConfig(slots=slots), partial(precision.autocast, "cpu")
+    engine = Engine(model, tokenizer_of(opened), config, autocast=autocast)
+    return Thinker(engine, extract=lambda text: text, progress=workspace.progress)
 
 
 def different(first: str, second: str) -> bool:

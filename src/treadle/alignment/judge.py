@@ -12,7 +12,7 @@ whatever b is. Lee et al. 2023, RLAIF, arXiv:2309.00267; Zheng et al. 2023, arXi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from pydantic import Field
@@ -30,6 +30,7 @@ from treadle.nn.layout import Layout
 from treadle.tokenizers.chat import encode_prompt
 from treadle.tokenizers.load import tokenizer_of
 from treadle.tokenizers.tokenizer import Tokenizer
+from treadle.train.precision import Auto, Precision
 
 CARD = Card(
     id="al.rlaif",
@@ -62,6 +63,7 @@ class ByJudge(Labeller):
     """T: above 1 the judge is trusted less."""
     tokens: int = Field(4096, ge=8)
     """Most tokens in a pass."""
+    precision: Precision = Auto()
 
     def __call__(
         self, comparisons: Sequence[Comparison], problems: Problems, workspace: Workspace
@@ -73,8 +75,9 @@ class ByJudge(Labeller):
     ) -> list[Verdict]:
         """Verdicts, each by a principle of its own; a question that does not fit the judge's
         context has none."""
-        opened = self.model.open(workspace)
+        opened, precision = self.model.open(workspace), self.precision.resolve("cpu")
         model, tokenizer = opened.model.eval(), tokenizer_of(opened)
+        precision.prepare(model)
         prompts = [
             encode_prompt(tokenizer, [{"role": "user", "content": question(principle, c, *pair)}])
             for c, principle in zip(comparisons, principles, strict=True)
@@ -82,9 +85,14 @@ class ByJudge(Labeller):
         ]
         context = model.config.context
         long = {i // 2 for i, p in enumerate(prompts) if len(p) > context}
-        odds = preference_odds(
-            model, tokenizer, [p for i, p in enumerate(prompts) if i // 2 not in long], self.tokens
-        )
+        fitting = [p for i, p in enumerate(prompts) if i // 2 not in long]
+        with (
+            precision.autocast("cpu"),
+            workspace.progress.task("verdicts", len(fitting) // 2) as task,
+        ):
+            odds = preference_odds(
+                model, tokenizer, fitting, self.tokens, lambda done: task.update(done // 2)
+            )
         told = iter(zip(odds[::2], odds[1::2], strict=True))
         failure = f"the question does not fit the judge's context of {context} tokens"
         return [
@@ -108,9 +116,16 @@ def verdict(shown_first: float, shown_second: float, temperature: float) -> Verd
 
 @torch.inference_mode()
 def preference_odds(
-    model: DecoderModel, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], tokens: int
+    model: DecoderModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> list[float]:
     """log p(A) - log p(B) of the next token after each prompt.
+
+    Args:
+        progress: told how many prompts are done.
 
     Raises:
         TreadleError: A and B begin with the same token, or the model's numbers are not finite.
@@ -126,6 +141,7 @@ def preference_odds(
         ends = torch.tensor([layout.span(i)[-1] for i in range(len(run))])
         logits = model.logits(hidden[ends]).float()
         odds += (logits[:, a] - logits[:, b]).tolist()
+        progress(len(odds))
     if not all(map(math.isfinite, odds)):
         raise TreadleError("ByJudge: the judge's log-odds are not finite: its weights are broken")
     return odds

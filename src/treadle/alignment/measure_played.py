@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from treadle.core.errors import TreadleError
 from treadle.core.pipeline import Step, Workspace
 from treadle.core.results import EVALUATION, Figure, Sample, accuracy, write_samples
 from treadle.data.source import Env
-from treadle.models.source import ModelSource
+from treadle.models.source import ModelSource, Opened
 from treadle.tokenizers.load import tokenizer_of
 from treadle.train.precision import Auto, Precision
 
@@ -26,59 +27,79 @@ class MeasurePlayed(Step):
     model: ModelSource
     subject: str
     played: Played
-    """Its environment, sampling, turns and patience count; a lot is as large as a step's."""
+    """Its environment, sampling, sampler, turns and patience count; a lot is as large as a
+    step's."""
+    opponent: ModelSource | None = None
+    """Has all seats but one; without, the model plays with itself, which cannot tell whether it
+    became the better player."""
     what: str = "reward"
-    """Name of the result: the mean reward of a seat, in [0, 1]."""
+    """Name of the result: the mean reward of the model's seats, in [0, 1]."""
     count: int = Field(64, ge=1)
-    """Problems, each played once."""
+    """Problems, each played once; against an opponent, once from every seat."""
     precision: Precision = Auto()
 
     def execute(self, workspace: Workspace) -> Mapping[str, Any]:
         opened = self.model.open(workspace)
-        model, precision = opened.model.eval().requires_grad_(False), self.precision.resolve("cpu")
-        precision.prepare(model)
-        env = Env(
-            model=model,
-            tokenizer=tokenizer_of(opened),
-            scratch=workspace.folder,
-            autocast=partial(precision.autocast, "cpu"),
-            workspace=workspace,
-        )
-        table, lot = self.played.table(env), self.played.prompts * self.played.completions
+        table, copies = self.played.table(self._env(opened, workspace)), 1
+        if self.opponent is not None:
+            other = self._env(self.opponent.open(workspace), workspace)
+            table = replace(table, opponent=self.played.speaker(other))
+            copies = len(self.played.environment.openings(0))
+            if copies == 1:
+                raise TreadleError(f"{self.name}: the environment has one seat: no `opponent` sits")
         episodes: list[Episode] = []
+        lot = max(1, self.played.prompts * self.played.completions // copies)
         with workspace.progress.task(self.name, self.count) as task:
             for first in range(0, self.count, lot):
                 end = min(first + lot, self.count)
-                episodes += table.play(range(first, end), copies=1, seed=0)
+                episodes += table.play(range(first, end), copies, seed=0)
                 task.update(end)
         if not episodes:
             raise TreadleError(f"none of {self.count} openings fits the model's context")
         for failure, times in Counter(f for e in episodes for f in e.failures).most_common(8):
-            env.say(f"environment: {failure} ({times} times)")
-        rewards = [seat.reward for e in episodes for seat in e.seats]
-        results: dict[str, Figure] = {self.what: accuracy(rewards)}
-        write_samples(workspace.folder, [_sample(self.what, e) for e in episodes])
+            workspace.progress.say(f"environment: {failure} ({times} times)")
+        seats = [(e, i) for e in episodes for i in range(len(e.seats))]
+        own = [e.seats[i].reward for e, i in seats if self.opponent is None or i == e.place]
+        results: dict[str, Figure] = {self.what: accuracy(own)}
+        if self.opponent is not None:
+            theirs = [e.seats[i].reward for e, i in seats if i != e.place]
+            results[f"{self.what}: the opponent's"] = accuracy(theirs)
+        write_samples(workspace.folder, [self._sample(e) for e in episodes])
         return {
             "kind": EVALUATION,
             "subject": self.subject,
             "results": results,
             "tokens_per_second": None,
             "size_bytes": opened.bytes_on_disk,
-            "problems_left_out": self.count - len(episodes),
+            "problems_left_out": self.count - len({e.number for e in episodes}),
             **{k: v for k, v in played_metrics(episodes).items() if k != "reward"},
         }
 
+    def _env(self, opened: Opened, workspace: Workspace) -> Env:
+        model, precision = opened.model.eval().requires_grad_(False), self.precision.resolve("cpu")
+        precision.prepare(model)
+        return Env(
+            model=model,
+            tokenizer=tokenizer_of(opened),
+            scratch=workspace.folder,
+            autocast=partial(precision.autocast, "cpu"),
+            workspace=workspace,
+        )
 
-def _sample(what: str, episode: Episode) -> Sample:
-    """What the first seat heard and said, and the mean reward of all seats."""
-    first = episode.seats[0]
-    said = [f"{m.role}: {m.content}" for m in first.messages]
-    opening = next(i for i, m in enumerate(first.messages) if m.role == "assistant")
-    return {
-        "problem": f"{what}-{episode.number}",
-        "task": what,
-        "prompt": "\n".join(said[:opening]),
-        "answer": "\n".join(said[opening:]),
-        "expected": "",
-        "score": sum(s.reward for s in episode.seats) / len(episode.seats),
-    }
+    def _sample(self, episode: Episode) -> Sample:
+        """What the model's seat heard and said, and its reward; of all seats, if it has them all,
+        the first one's words and the mean reward."""
+        against = self.opponent is not None
+        seat = episode.seats[episode.place if against else 0]
+        counted = [seat] if against else episode.seats
+        said = [f"{m.role}: {m.content}" for m in seat.messages]
+        spoke = (i for i, m in enumerate(seat.messages) if m.role == "assistant")
+        opening = next(spoke, len(said))
+        return {
+            "problem": f"{self.what}-{episode.number}" + f"-seat-{episode.place}" * against,
+            "task": self.what,
+            "prompt": "\n".join(said[:opening]),
+            "answer": "\n".join(said[opening:]),
+            "expected": "",
+            "score": sum(s.reward for s in counted) / len(counted),
+        }

@@ -50,12 +50,7 @@ class OnPolicy(Source):
         Raises:
             TreadleError: they cannot be shared equally.
         """
-        if self.prompts % env.world:
-            raise TreadleError(
-                f"{type(self).__name__}: prompts={self.prompts} cannot be shared by {env.world} "
-                "processes: choose a multiple"
-            )
-        return self.prompts // env.world
+        return shared(self, "prompts", self.prompts, env)
 
     def limit(self) -> Limit:
         """Above it the sampler's log-probabilities are too far from the trainer's."""
@@ -64,6 +59,20 @@ class OnPolicy(Source):
             "or train in the sampler's precision"
         )
         return Limit("mismatch", self.warn_above, remedy)
+
+
+def shared(source: Source, name: str, amount: int, env: Env) -> int:
+    """This rank's part of what a field of a source says of a step.
+
+    Raises:
+        TreadleError: it cannot be shared equally.
+    """
+    if amount % env.world:
+        raise TreadleError(
+            f"{type(source).__name__}: {name}={amount} cannot be shared by {env.world} processes: "
+            "choose a multiple"
+        )
+    return amount // env.world
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from treadle.data.problems import Problems
 LABELS = "labels.jsonl"
 CHOICES = {"left": 1.0, "right": 0.0, "same": 0.5}
 PAGE = "person.html"
+HOSTS = ("127.0.0.1", "localhost")
 LONGEST = 4096
 """Bytes of a label that is sent."""
 
@@ -158,7 +159,9 @@ def page() -> bytes:
 def _handler(desk: Desk) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            if self.path == "/":
+            if not self._here():
+                self._json(403, {"error": "this page is for this machine alone"})
+            elif self.path == "/":
                 self._answer(200, page(), "text/html; charset=utf-8")
             elif self.path == "/next":
                 self._json(200, asdict(desk.shown()))
@@ -167,7 +170,8 @@ def _handler(desk: Desk) -> type[BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             # A page of another site may send forms, but not JSON.
-            if self.path != "/label" or self.headers["Content-Type"] != "application/json":
+            json_sent = self.headers["Content-Type"] == "application/json"
+            if self.path != "/label" or not json_sent or not self._here():
                 self._json(404, {"error": "there is nothing here"})
                 return
             try:
@@ -180,6 +184,11 @@ def _handler(desk: Desk) -> type[BaseHTTPRequestHandler]:
                 self._json(200, asdict(desk.shown()))
             finally:  # whoever left before the reply has said it all the same
                 desk.look()
+
+        def _here(self) -> bool:
+            """Whether the page was called by this machine's own name, and not by another site's
+            that now points to it."""
+            return self.headers.get("Host", "").partition(":")[0] in HOSTS
 
         def _body(self) -> bytes:
             """Raises ValueError where it has no sound length."""

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from treadle.alignment.episodes import Environment, Episode, Seat, Table
+from treadle.alignment.episodes import Environment, Episode, Seat, Speaker, Table
 from treadle.alignment.on_policy import REDRAWS, TOLD, Answer, OnPolicy, answers_batch
 from treadle.core.errors import TreadleError
 from treadle.data.batch import within_budget
@@ -18,6 +18,7 @@ from treadle.data.source import Env, Stream, Work
 from treadle.inference.sampling import Sampling
 from treadle.nn.modes import evaluating
 from treadle.objectives.policy import PolicyBatch
+from treadle.train.parallel import talk
 
 
 class Played(OnPolicy):
@@ -38,13 +39,16 @@ class Played(OnPolicy):
         """Where the model of `env` plays."""
         return Table(
             environment=self.environment,
-            tokenizer=env.tokenizer,
-            context=env.model.config.context,
-            sample=self.sampler.open(env, self.share(env) * self.completions),
+            speaker=self.speaker(env),
             sampling=self.sampling,
             turns=self.turns,
             patience=self.patience,
         )
+
+    def speaker(self, env: Env) -> Speaker:
+        """The model of `env`, which may speak in as many plays at once as a step has."""
+        sample = self.sampler.open(env, self.share(env) * self.completions)
+        return Speaker(env.tokenizer, env.model.config.context, sample)
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,11 @@ class PlayedStream(Stream):
             rewards = torch.tensor([lane.rewards for lane in lanes])
             advantages = self.config.advantage(rewards)
             useful = [i for i, row in enumerate(advantages) if bool((row != 0).any())]
-            if useful or self.env.world > 1:
+            # Processes stay in step: where one has a signal, the others add what they have.
+            (signals,) = talk.summed(len(useful))
+            if signals:
                 batches = self._batches([lanes[i] for i in useful], advantages[useful])
+                spare = None if batches else self._batches(lanes[:1], advantages[:1])[0]
                 metrics = {
                     **played_metrics(episodes),
                     "reward_std": float(rewards.std(-1).mean()),
@@ -91,7 +98,7 @@ class PlayedStream(Stream):
                     "redraws": float(redraws),
                     "problems_left_out": float(self.left_out),
                 }
-                return Work(batches, metrics, (self.config.limit(),))
+                return Work(batches, metrics, (self.config.limit(),), spare)
         raise TreadleError(
             f"all plays of a problem ended with equal rewards, {REDRAWS} times "
             f"{self.config.prompts} problems (mean {float(rewards.mean()):.2f}): choose easier or "

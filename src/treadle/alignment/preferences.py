@@ -6,6 +6,7 @@ context) are left out, counted, and named in `left_out.json`.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
@@ -109,10 +110,10 @@ class PreferenceStream(TreeStream):
 
 
 def margins_of(records: Sequence[Preference]) -> Float[Tensor, " P"] | None:
-    """What raters said, 0 where they did not; None where they never did."""
+    """What raters said, NaN where they did not; None where they never did."""
     if all(r.margin is None for r in records):
         return None
-    return torch.tensor([r.margin or 0.0 for r in records])
+    return torch.tensor([math.nan if r.margin is None else r.margin for r in records])
 
 
 def pair_tree(env: Env, pairs: Pairs, longest: int, index: int) -> Tree:

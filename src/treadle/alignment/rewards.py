@@ -10,22 +10,28 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from pydantic import Field, model_validator
 
 from treadle.alignment.verifiers import extract_answer, marks
 from treadle.core.config import Config
+from treadle.core.errors import TreadleError
+from treadle.data.rating import Rater, Rating, Scored, guarded
 from treadle.data.records import Problem
+from treadle.data.source import Env
 from treadle.inference.reasoning.strategy import END_THINK, THINK, private, visible
 
 
-class Reward(Config):
-    """A shape: a completion to a number in [0, 1]."""
+class Reward(Rating):
+    """A shape: a rule, a completion to a number in [0, 1]."""
 
     @abstractmethod
     def __call__(self, problem: Problem, completion: str) -> float:
         """The reward of one completion."""
+
+    def open(self, env: Env, patience: float) -> Rater:
+        return guarded(self, patience)
 
 
 class Verified(Reward):
@@ -71,8 +77,9 @@ class Part(Config):
     """One reward among several."""
 
     name: str
-    reward: Reward
-    weight: float = Field(1.0, gt=0.0)
+    reward: Rating
+    weight: float = Field(1.0, ge=0.0)
+    """0: it is watched, and nothing is learned by it."""
 
 
 class Combination(Config):
@@ -107,6 +114,18 @@ class WorstOf(Combination):
         return min(rewards)
 
 
+class UncertaintyWeighted(Combination):
+    """mean_k r_k - doubt var_k r_k, at least 0: of several reward models, where they disagree no
+    answer is worth much (Coste et al. 2023, arXiv:2310.02743)."""
+
+    doubt: float = Field(1.0, ge=0.0)
+
+    def __call__(self, rewards: Sequence[float], weights: Sequence[float]) -> float:
+        mean = ArithmeticMean()(rewards, weights)
+        spread = ArithmeticMean()([(r - mean) ** 2 for r in rewards], weights)
+        return max(mean - self.doubt * spread, 0.0)
+
+
 class Weighted(Reward):
     """Named rewards together; as a rule their weighted mean."""
 
@@ -119,16 +138,39 @@ class Weighted(Reward):
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise ValueError(f"two parts are called `{min(twice)}`: rename one")
+        if not any(part.weight for part in self.parts):
+            raise ValueError("no part has a weight: nothing would be learned")
         return self
 
     def __call__(self, problem: Problem, completion: str) -> float:
-        return self.combined(self.by_name(problem, completion))
+        """Raises TreadleError where a part is no rule."""
+        return self.combined([_by_rule(part, problem, completion) for part in self.parts]).value
 
-    def combined(self, by_name: Mapping[str, float]) -> float:
-        """The reward of all parts together."""
-        rewards = [by_name[part.name] for part in self.parts]
-        return self.together(rewards, [part.weight for part in self.parts])
+    def open(self, env: Env, patience: float) -> Rater:
+        raters = [part.reward.open(env, patience) for part in self.parts]
 
-    def by_name(self, problem: Problem, completion: str) -> dict[str, float]:
-        """Each part's own reward, for reports."""
-        return {part.name: part.reward(problem, completion) for part in self.parts}
+        def rate(problem: Problem, texts: Sequence[str]) -> list[Scored]:
+            columns = [rater(problem, texts) for rater in raters]
+            return [self.combined(row) for row in zip(*columns, strict=True)]
+
+        return rate
+
+    def combined(self, scores: Sequence[Scored]) -> Scored:
+        """The reward of all parts together; where one failed there is none."""
+        rows = list(zip(self.parts, scores, strict=True))
+        for part, scored in rows:
+            if scored.failure:
+                return Scored(0.0, failure=f"`{part.name}`: {scored.failure}")
+        learned = [(scored.value, part.weight) for part, scored in rows if part.weight]
+        rewards, weights = zip(*learned, strict=True)
+        value = self.together(rewards, weights)
+        return Scored(value, {part.name: scored.value for part, scored in rows})
+
+
+def _by_rule(part: Part, problem: Problem, completion: str) -> Scored:
+    if not isinstance(part.reward, Reward):
+        raise TreadleError(
+            f"Weighted: `{part.name}` is no rule but a {type(part.reward).__name__}, which has to "
+            "be opened first: name the reward in `rollouts.reward`, not in the problems"
+        )
+    return Scored(part.reward(problem, completion))

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from pydantic import Field
 from torch import Tensor
 
 from treadle.alignment.iterate import opened_thinker
-from treadle.alignment.scoring import scorer
 from treadle.alignment.solutions import STEPS, Solution, Solutions, solution_tree, step_batch
 from treadle.alignment.trees import Tree, tree_size, usable
 from treadle.core.errors import TreadleError
@@ -28,8 +28,8 @@ from treadle.core.pipeline import Step, Workspace
 from treadle.core.results import EVALUATION, Figure, accuracy
 from treadle.data.batch import within_budget
 from treadle.data.problems import Problems
+from treadle.data.rating import Scored, require_sound, scorer
 from treadle.data.records import Problem
-from treadle.data.scored import Scored, require_sound
 from treadle.data.source import Env
 from treadle.inference.reasoning.strategy import Ask, Thinker, Turns
 from treadle.inference.sampling import Sampling
@@ -66,11 +66,12 @@ class RollOut(Step):
     sampling: Sampling = Sampling(max_tokens=112)
     patience: float = Field(10.0, gt=0.0)
     """Seconds after which a verifier is given up."""
+    precision: Precision = Auto()
 
     def execute(self, workspace: Workspace) -> Mapping[str, Any]:
         problems = [self.problems.problem(self.first + i) for i in range(self.count)]
         turns: list[Turns] = [tuple(m.plain() for m in p.prompt) for p in problems]
-        thinker = opened_thinker(self.model, workspace)
+        thinker = opened_thinker(self.model, workspace, self.precision)
         asks = [Ask(i, asked) for i, asked in enumerate(turns)]
         drawn = thinker.ask(asks, self.sampling, self.solutions)
         found = [
@@ -81,7 +82,7 @@ class RollOut(Step):
         ]
         wanted = dict.fromkeys(Prefix(i, s[:t]) for i, s in found for t in range(1, len(s)))
         whole = dict.fromkeys(Prefix(i, s) for i, s in found)
-        score = scorer(self.problems, None, self.patience)
+        score = scorer(self.problems, self.patience)
         marks = self._continued(thinker, list(wanted), turns)
         scores = {p: [score(problems[p.problem], text) for text in row] for p, row in marks.items()}
         scores |= {p: [score(problems[p.problem], "\n".join(p.lines))] for p in whole}
@@ -116,8 +117,10 @@ class RollOut(Step):
     ) -> dict[Prefix, list[str]]:
         """K whole solutions from each prefix."""
         begun = ["\n".join(p.lines) + "\n" for p in prefixes]
+        # Each with draws of its own: by those that made the prefix it would go on as it began.
         asks = [
-            Ask(p.problem, turns[p.problem], text) for p, text in zip(prefixes, begun, strict=True)
+            Ask(number, turns[p.problem], text)
+            for number, (p, text) in enumerate(zip(prefixes, begun, strict=True), len(turns))
         ]
         drawn = thinker.ask(asks, self.sampling, self.continuations)
         rows = zip(prefixes, begun, drawn, strict=True)
@@ -190,7 +193,7 @@ def row_of(problem: Problem, steps: Sequence[str], labels: Sequence[float]) -> d
 
 def chosen(rows: Sequence[Solution], worst: Sequence[float]) -> dict[str, Figure]:
     """Over problems with several solutions, the share where the one with the best worst step is
-    right, and the share of all that are."""
+    right (of several, any of them), and the share of all that are."""
     by_problem: dict[str, list[tuple[float, float]]] = {}
     for row, score in zip(rows, worst, strict=True):
         by_problem.setdefault(row.prompt[-1].content, []).append((score, row.labels[-1]))
@@ -198,8 +201,9 @@ def chosen(rows: Sequence[Solution], worst: Sequence[float]) -> dict[str, Figure
     if not several:
         return {}
     sizes = Counter(len(found) for found in several)
-    best = [max(found)[1] for found in several]
-    any_one = [sum(right for _, right in found) / len(found) for found in several]
+    first = [[right for score, right in found if score == max(found)[0]] for found in several]
+    best = [fmean(rights) for rights in first]
+    any_one = [fmean(right for _, right in found) for found in several]
     name = f"best of {max(sizes)}"
     return {name: accuracy(best), "any one": accuracy(any_one)}
 

@@ -17,26 +17,32 @@ from jaxtyping import Float
 from torch import Tensor
 
 from treadle.alignment.on_policy import REDRAWS, TOLD, Answer, OnPolicy, answers_batch
-from treadle.alignment.rewards import Reward
-from treadle.alignment.scoring import reward_metrics, scorer
 from treadle.alignment.watch import signs
 from treadle.core.errors import TreadleError
 from treadle.data.batch import within_budget
 from treadle.data.problems import Problems
+from treadle.data.rating import (
+    Rater,
+    Rating,
+    Scored,
+    guarded,
+    require_sound,
+    reward_metrics,
+)
 from treadle.data.records import Problem
-from treadle.data.scored import Scored, require_sound
 from treadle.data.source import Env, Stream, Work
 from treadle.inference.request import Completion, Request
 from treadle.nn.modes import evaluating
 from treadle.objectives.policy import PolicyBatch
 from treadle.tokenizers.chat import encode_prompt
+from treadle.train.parallel import talk
 
 
 class Rollouts(OnPolicy):
     """Groups of completions that the model in training samples for problems with a verifier."""
 
     problems: Problems
-    reward: Reward | None = None
+    reward: Rating | None = None
     """Instead of the problems' own verifier."""
 
     def open(self, env: Env) -> RolloutStream:
@@ -73,7 +79,7 @@ class RolloutStream(Stream):
         self.drawn, self.too_long = 0, 0
         self.told: set[str] = set()
         self.annotate = config.reference.open(env)
-        self.score = scorer(config.problems, config.reward, config.patience)
+        self.rate = self.rater(config.reward)
         self.share = config.share(env)
         self.sample = config.sampler.open(env, self.share * config.completions)
 
@@ -87,16 +93,18 @@ class RolloutStream(Stream):
             shaped = shape(groups)
             advantages = self.config.advantage(shaped.rewards)
             useful = [i for i, row in enumerate(advantages) if bool((row != 0).any())]
-            # Several processes must stay in step: there, one without a signal adds nothing.
-            if useful or self.env.world > 1:
+            # Processes stay in step: where one has a signal, the others add what they have.
+            (signals,) = talk.summed(len(useful))
+            if signals:
                 batches = self._batches([groups[i] for i in useful], advantages[useful])
+                spare = None if batches else self._batches(groups[:1], advantages[:1])[0]
                 metrics = {
                     **self.observed(groups),
                     "groups_with_signal": len(useful) / len(groups),
                     "redraws": float(redraws),
                     **shaped.metrics,
                 }
-                return Work(batches, metrics, (self.config.limit(),))
+                return Work(batches, metrics, (self.config.limit(),), spare)
         raise TreadleError(
             f"the rewards within every group were equal for {REDRAWS} draws of "
             f"{self.config.prompts} problems (mean {float(shaped.rewards.mean()):.2f}): choose "
@@ -119,6 +127,16 @@ class RolloutStream(Stream):
             [s for g in groups for s in g.scores], "a completion was left without its reward"
         )
         return groups
+
+    def rater(self, reward: Rating | None) -> Rater:
+        """What rates completions; None: the problems' own verifier."""
+        if reward is None:
+            return guarded(self.config.problems.score, self.config.patience)
+        return reward.open(self.env, self.config.patience)
+
+    def rated(self, groups: Sequence[Group], rater: Rater) -> list[list[Scored]]:
+        """Another rating of all completions."""
+        return [rater(g.problem, [c.text for c in g.completions]) for g in groups]
 
     def check(self, scores: Sequence[Scored], what: str) -> None:
         """Name what failed in the log.
@@ -154,7 +172,7 @@ class RolloutStream(Stream):
                 problem,
                 request.prompt,
                 completions,
-                tuple(self.score(problem, c.text) for c in completions),
+                tuple(self.rate(problem, [c.text for c in completions])),
             )
             for problem, request, completions in zip(chosen, requests, answers, strict=True)
         ]

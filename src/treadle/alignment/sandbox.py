@@ -11,10 +11,12 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,6 +25,7 @@ from typing import IO, Literal
 from treadle.core.errors import TreadleError
 
 Isolation = Literal["bubblewrap", "rlimits"]
+Channel = int | IO[bytes]
 OUTPUT = 2**20
 """Bytes that a program may write to a file or to its output."""
 FILES = 2**24
@@ -59,40 +62,84 @@ def run_python(
     Raises:
         TreadleError: the system has no resource limits (not POSIX).
     """
-    if os.name != "posix":
-        raise TreadleError("running a model's code needs Linux or macOS: nothing would limit it")
-    isolation: Isolation = "bubblewrap" if bubblewrap_works() else "rlimits"
-    limits = {"CPU": int(seconds) + 1, "AS": megabytes * 2**20, "FSIZE": OUTPUT, "CORE": 0}
-    if isolation == "bubblewrap":
-        limits["NPROC"] = PROCESSES
-    command = [os.path.realpath(sys.executable), "-I", "-S", "-c", LIMITS.format(limits=limits)]
-    folder = tempfile.mkdtemp()
     # The output goes to files, so that limits on them hold, which have no name that the program
     # could put something else in the place of.
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        with _started(source, _limits(seconds, megabytes), subprocess.PIPE, out, err) as process:
+            timed_out = _overtime(process, stdin.encode("utf-8", "surrogatepass"), seconds)
+        return Outcome(process.returncode, _read(out), _read(err), timed_out, _isolation())
+
+
+def run_beside(source: str, other: str, *, seconds: float = 5.0, megabytes: int = 512) -> Outcome:
+    """Run two Python programs that do not see each other: each one's output is the other's input.
+
+    The outcome, which has no output, is that of the first; the other one ends with it.
+
+    Raises:
+        TreadleError: the system has no resource limits (not POSIX).
+    """
+    limits, null = _limits(seconds, megabytes), subprocess.DEVNULL
+    here, there = socket.socketpair()
+    with tempfile.TemporaryFile() as err:
+        with (
+            here,
+            there,
+            _started(other, limits, there.fileno(), there.fileno(), null),
+            _started(source, limits, here.fileno(), here.fileno(), err) as process,
+        ):
+            # Only when nobody else holds them does each one see that the other has ended.
+            here.close()
+            there.close()
+            timed_out = _overtime(process, None, seconds)
+        return Outcome(process.returncode, "", _read(err), timed_out, _isolation())
+
+
+def _isolation() -> Isolation:
+    return "bubblewrap" if bubblewrap_works() else "rlimits"
+
+
+def _limits(seconds: float, megabytes: int) -> dict[str, int]:
+    limits = {"CPU": int(seconds) + 1, "AS": megabytes * 2**20, "FSIZE": OUTPUT, "CORE": 0}
+    return limits | ({"NPROC": PROCESSES} if bubblewrap_works() else {})
+
+
+@contextmanager
+def _started(
+    source: str, limits: dict[str, int], stdin: Channel, stdout: Channel, stderr: Channel
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A program that runs; in the end it is killed and its files are taken away."""
+    if os.name != "posix":
+        raise TreadleError("running a model's code needs Linux or macOS: nothing would limit it")
+    command = [os.path.realpath(sys.executable), "-I", "-S", "-c", LIMITS.format(limits=limits)]
+    folder = tempfile.mkdtemp()
+    try:
+        # What is no text stays none: the program then fails by itself.
+        Path(folder, "main.py").write_text(source, "utf-8", "surrogatepass")
+        process = subprocess.Popen(
+            [*_bubblewrap(folder), *command] if bubblewrap_works() else command,
+            cwd=folder,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
+            start_new_session=True,
+        )
         try:
-            # What is no text stays none: the program then fails by itself.
-            Path(folder, "main.py").write_text(source, "utf-8", "surrogatepass")
-            process = subprocess.Popen(
-                [*_bubblewrap(folder), *command] if isolation == "bubblewrap" else command,
-                cwd=folder,
-                stdin=subprocess.PIPE,
-                stdout=out,
-                stderr=err,
-                env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
-                start_new_session=True,
-            )
-            timed_out = False
-            try:
-                process.communicate(stdin.encode("utf-8", "surrogatepass"), timeout=seconds)
-            except subprocess.TimeoutExpired:
-                timed_out = True
-            finally:
-                _end(process)
+            yield process
         finally:
-            # Unlike shutil.rmtree, it knows folders that are nested without end.
-            subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL, check=False)
-        return Outcome(process.returncode, _read(out), _read(err), timed_out, isolation)
+            _end(process)
+    finally:
+        # Unlike shutil.rmtree, it knows folders that are nested without end.
+        subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL, check=False)
+
+
+def _overtime(process: subprocess.Popen[bytes], stdin: bytes | None, seconds: float) -> bool:
+    """Wait for the end; whether it took too long."""
+    try:
+        process.communicate(stdin, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
 
 
 @cache

@@ -27,8 +27,8 @@ from treadle.core.cards import Card
 from treadle.core.config import Config
 from treadle.core.errors import TreadleError, did_you_mean
 from treadle.data.problems import Problems
+from treadle.data.rating import OvertimeError
 from treadle.data.records import Messages, Problem
-from treadle.data.scored import OvertimeError
 
 CARD = Card(
     id="al.tools",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,6 +68,11 @@ def assemble_trees(trees: Sequence[Sequence[Piece]]) -> Batch:
 
 def tree_size(tree: Sequence[Piece]) -> int:
     return sum(len(p.tokens) for p in tree)
+
+
+def in_parts(numbers: Sequence[int], size: int = 256) -> Iterator[Sequence[int]]:
+    """As many at once as their trees may take memory."""
+    return (numbers[i : i + size] for i in range(0, len(numbers), size))
 
 
 def usable(count: int, tree: Callable[[int], object], path: Path, what: str) -> list[int]:

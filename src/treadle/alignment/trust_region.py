@@ -19,6 +19,7 @@ from torch import nn
 from treadle.alignment.rollouts import Rollouts
 from treadle.alignment.trpo import Bounds, Taken, trust_region_step
 from treadle.core.config import to_yaml
+from treadle.core.errors import TreadleError
 from treadle.core.pipeline import Workspace
 from treadle.data.source import Env, Stream, Work
 from treadle.models.transform import transformed
@@ -64,6 +65,8 @@ class TRPO(Training):
         env.scratch.mkdir(exist_ok=True)
         stream = self.source.open(env)
         parameters = [p for p in model.parameters() if p.requires_grad]
+        if not parameters:
+            raise TreadleError("no parameter is trained: unfreeze some, or add a transform (LoRA)")
         state = TrainState(
             model=model,
             optimizer=torch.optim.SGD(parameters, lr=1.0),  # has no state: a place in the file

@@ -19,3 +19,8 @@ class Documents(Config):
     @abstractmethod
     def held_out(self) -> Iterator[Text]:
         """What may not."""
+
+    def everything(self) -> Iterator[Text]:
+        """Both: what may be read, if nothing is learned by it."""
+        yield from self.training()
+        yield from self.held_out()

@@ -40,6 +40,9 @@ class Work:
     metrics: Mapping[str, float] = field(default_factory=dict)
     limits: tuple[Limit, ...] = ()
     """Of these metrics, or of those of the objective."""
+    spare: Batch | None = None
+    """Where there is no micro-batch: one to keep this process in step with others that have some;
+    nothing is learned from it."""
 
 
 @dataclass(frozen=True)

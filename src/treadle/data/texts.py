@@ -32,6 +32,9 @@ class TextFiles(Documents):
     def held_out(self) -> Iterator[Text]:
         return self.part(Part.VALIDATION)
 
+    def everything(self) -> Iterator[Text]:
+        return _texts(self)
+
     def part(self, part: Part) -> Iterator[Text]:
         """The documents of one part, in the order of the files.
 

@@ -31,8 +31,8 @@ from treadle.core.pipeline import Reads, Step, Workspace
 from treadle.data.batch import Batch, Piece, assemble, within_budget
 from treadle.data.order import Order, Place
 from treadle.data.problems import Problems
+from treadle.data.rating import Scored, patiently, require_sound
 from treadle.data.records import Problem
-from treadle.data.scored import Scored, patiently, require_sound
 from treadle.data.source import Env, Source, Stream, Work
 from treadle.inference.engine import Engine
 from treadle.inference.request import Completion, Request
@@ -127,7 +127,7 @@ class Rationales(Step):
         }
 
     def _scored(self, problem: Problem, text: str) -> Scored:
-        return patiently(lambda: (self.problems.score(problem, text), {}), self.patience)
+        return patiently(self.problems.score, problem, text, self.patience)
 
     def _answers(
         self, engine: Engine, requests: list[Request], workspace: Workspace

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from treadle.alignment.scoring import scorer
 from treadle.core.config import Config
 from treadle.core.errors import ConfigError, TreadleError
 from treadle.core.pipeline import Step, Workspace
@@ -28,8 +27,8 @@ from treadle.core.results import (
 )
 from treadle.data.documents import Documents
 from treadle.data.problems import Problems
+from treadle.data.rating import Scored, require_sound, scorer
 from treadle.data.records import Problem
-from treadle.data.scored import Scored, require_sound
 from treadle.evals.harness import evaluate
 from treadle.evals.task import Benchmark
 from treadle.inference.engine import Engine, EngineConfig
@@ -171,7 +170,7 @@ def sit(engine: Engine, exam: Exam, sampling: Sampling, progress: Progress) -> S
         answers = engine.generate(requests, lambda done, total: task.update(done))
     seconds = time.monotonic() - start
     firsts = [completions[0] for completions in answers]
-    check = scorer(exam.problems, None, exam.patience)
+    check = scorer(exam.problems, exam.patience)
     scores = [check(problem, c.text) for problem, c in zip(problems, firsts, strict=True)]
     require_sound(scores)
     return Sitting(

@@ -9,14 +9,15 @@ from typing import Any
 
 from pydantic import Field
 
-from treadle.alignment.scoring import scorer
 from treadle.alignment.verifiers import extract_answer
 from treadle.core.config import Config
 from treadle.core.files import write_json
 from treadle.core.pipeline import Step, Workspace
+from treadle.core.progress import Progress
 from treadle.core.results import REASONING, Reasoned, accuracy
+from treadle.data.rating import Rater, Rating, require_sound, scorer
 from treadle.data.records import Problem
-from treadle.data.scored import require_sound
+from treadle.data.source import Env
 from treadle.evals.evaluate import Exam
 from treadle.inference.engine import Engine, EngineConfig
 from treadle.inference.reasoning.strategy import Strategy, Thinker, Turns, private, visible
@@ -42,12 +43,13 @@ class Reason(Step):
         model, tokenizer = opened.model.eval().requires_grad_(False), tokenizer_of(opened)
         precision.prepare(model)
         engine = Engine(model, tokenizer, self.engine, autocast=partial(precision.autocast, "cpu"))
+        env = Env(model, tokenizer, workspace.folder, workspace=workspace)
         rows: list[Reasoned] = []
         answers: list[dict[str, Any]] = []
         with workspace.progress.task(self.name, len(self.strategies) * len(self.exams)) as task:
             for strategy in self.strategies:
                 for exam in self.exams:
-                    row, said = sit(engine, strategy, exam)
+                    row, said = sit(engine, strategy, exam, env, workspace.progress)
                     rows.append(row)
                     answers += said
                     task.update(len(rows), note=label(strategy))
@@ -56,15 +58,33 @@ class Reason(Step):
         return {"kind": REASONING, "rows": rows, "verifications_failed": failed}
 
 
-def sit(engine: Engine, strategy: Strategy, exam: Exam) -> tuple[Reasoned, list[dict[str, Any]]]:
+def sit(
+    engine: Engine, strategy: Strategy, exam: Exam, env: Env, progress: Progress
+) -> tuple[Reasoned, list[dict[str, Any]]]:
     """One strategy on one exam: the figures, and every answer with its private reasoning.
+
+    Args:
+        env: what rewards may use when they open.
 
     Raises:
         TreadleError: the verifier failed for every answer.
     """
     problems = [exam.problems.problem(exam.first + i) for i in range(exam.count)]
-    check = scorer(exam.problems, None, exam.patience)
-    thinker = Thinker(engine, extract_answer, verify=lambda i, text: check(problems[i], text).value)
+    check = scorer(exam.problems, exam.patience)
+    raters: dict[Rating, Rater] = {}
+
+    def rate(rating: Rating, question: int, texts: Sequence[str]) -> list[float]:
+        if rating not in raters:
+            raters[rating] = rating.open(env, exam.patience)
+        return [scored.value for scored in raters[rating](problems[question], texts)]
+
+    thinker = Thinker(
+        engine,
+        extract_answer,
+        verify=lambda i, text: check(problems[i], text).value,
+        rate=rate,
+        progress=progress,
+    )
     started = time.monotonic()
     thoughts = strategy(thinker, [turns_of(problem) for problem in problems])
     seconds = time.monotonic() - started

@@ -18,7 +18,6 @@ import torch
 from pydantic import Field
 
 from treadle.alignment.rewards import PrivatelyReasoned, Reward
-from treadle.alignment.scoring import scorer
 from treadle.core.errors import TreadleError
 from treadle.core.pipeline import Step, Workspace
 from treadle.core.results import (
@@ -32,7 +31,7 @@ from treadle.core.results import (
     write_samples,
 )
 from treadle.data.batch import Piece, assemble, within_budget
-from treadle.data.scored import require_sound
+from treadle.data.rating import require_sound, scorer
 from treadle.evals.evaluate import Exam, sample_of
 from treadle.inference.engine import Engine, EngineConfig
 from treadle.inference.reasoning.strategy import visible
@@ -87,7 +86,7 @@ class MeasureThinking(Step):
         seconds = time.monotonic() - started
         given = [completions[0] for completions in answers]
         scores = [
-            scorer(exam.problems, None, exam.patience)(problem, visible(completion.text))
+            scorer(exam.problems, exam.patience)(problem, visible(completion.text))
             for (exam, _), problem, completion in zip(put, problems, given, strict=True)
         ]
         require_sound(scores)

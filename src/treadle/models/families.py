@@ -84,7 +84,7 @@ def family_for_hf(decoder: Decoder, name: str | None = None) -> Family:
         raise ConfigError(f"unknown family `{name}`{did_you_mean(name, known)}")
     for family in FAMILIES if name is None else (known[name],):
         spelling = family.huggingface
-        if _gives_back(decoder, lambda d, s=spelling: s.read(s.write(d))):  # type: ignore[misc]
+        if _gives_back(decoder, lambda d, s=spelling: s.decoder(s.config(d))):  # type: ignore[misc]
             return family
     raise ConfigError(f"a config.json of {name} cannot express this decoder")
 

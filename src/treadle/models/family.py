@@ -12,10 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from treadle.core.errors import ConfigError
-from treadle.models.decoder import Decoder, swap
+from treadle.models.decoder import Decoder, LinearHead, swap
 from treadle.models.hub.gguf_header import GgufHeader
-from treadle.models.weights import Rule
+from treadle.models.reward_head import ScalarHead
+from treadle.models.weights import Rule, rule
 from treadle.nn.mixers.attention import Attention
+
+SCORER = "ForSequenceClassification"
+LABELS = 2
+"""What transformers means where a config.json names no labels."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,46 @@ class HuggingFace:
     """Front of the names that a checkpoint saved without its head leaves off."""
     ignored: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
     """Patterns of tensors that old checkpoints carry and that hold nothing learned."""
+    scorer: str = ""
+    """transformers' class for reward models, where it is not named after `architecture`."""
+
+    def decoder(self, config: Mapping[str, Any]) -> Decoder:
+        """What a config.json describes: a language model or, by its class, a reward model."""
+        decoder = self.read(config)
+        return decoder.replace(head=ScalarHead()) if self._scores(config) else decoder
+
+    def config(self, decoder: Decoder) -> dict[str, Any]:
+        """Keys of config.json for a language model or a reward model."""
+        scorer = self._scorer()
+        if scorer is None or not isinstance(decoder.head, ScalarHead):
+            return {"architectures": [self.architecture], **self.write(decoder)}
+        one = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        return {**self.write(_wordy(decoder)), "architectures": [scorer], **one}
+
+    def names(self, decoder: Decoder) -> tuple[Rule, ...]:
+        """The weight table of a language model or a reward model."""
+        if self._scorer() is None or not isinstance(decoder.head, ScalarHead):
+            return self.rules(decoder)
+        return (*self.rules(_wordy(decoder)), rule("score.weight", "head.linear.weight"))
+
+    def _scorer(self) -> str | None:
+        """transformers' class with one linear layer on the last hidden state, if it has one."""
+        for words in ("ForCausalLM", "LMHeadModel"):
+            if self.architecture.endswith(words):
+                return self.scorer or self.architecture.removesuffix(words) + SCORER
+        return None
+
+    def _scores(self, config: Mapping[str, Any]) -> bool:
+        written = [a for a in config.get("architectures") or [] if str(a).endswith(SCORER)]
+        if not written or self._scorer() is None:
+            return False
+        labels = len(config.get("id2label") or {}) or LABELS
+        if labels != 1:
+            raise ConfigError(
+                f"config.json: a {written[0]} of {labels} classes; treadle reads those of one, "
+                "which are reward models, and trains heads for classes of its own (ClassHead)"
+            )
+        return True
 
 
 @dataclass(frozen=True)
@@ -51,6 +96,11 @@ class Family:
     name: str
     huggingface: HuggingFace
     gguf: Gguf | None
+
+
+def _wordy(decoder: Decoder) -> Decoder:
+    """The language model that a reward model was made of."""
+    return decoder.replace(head=LinearHead())
 
 
 def explicit(decoder: Decoder) -> Decoder:

@@ -260,6 +260,7 @@ GEMMA3 = Family(
     huggingface=HuggingFace(
         model_type="gemma3_text",
         architecture="Gemma3ForCausalLM",
+        scorer="Gemma3TextForSequenceClassification",
         read=gemma3_from_hf,
         write=gemma3_to_hf,
         rules=sandwich_rules,

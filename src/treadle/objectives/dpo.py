@@ -60,7 +60,7 @@ class PreferenceBatch(Batch):
     confidence: Float[Tensor, " P"] | None = None
     """Probability that the label of each pair is right; None: all are."""
     margins: Float[Tensor, " P"] | None = None
-    """How much better each chosen answer is, where raters said so."""
+    """How much better each chosen answer is; NaN where raters did not say."""
 
 
 class Normalise(Config):

@@ -10,8 +10,6 @@ loss q l(d) + (1 - q) l(-d).
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -21,7 +19,8 @@ from torch import Tensor, nn
 from treadle.core.cards import Card
 from treadle.core.errors import TreadleError
 from treadle.data.batch import Batch
-from treadle.models.decoder import DecoderModel, Wordless
+from treadle.models.decoder import DecoderModel
+from treadle.models.reward_head import ScoreHead
 from treadle.objectives.dpo import PreferenceBatch
 from treadle.objectives.objective import LossOutput, Objective
 
@@ -32,14 +31,6 @@ CARD = Card(
     recipe="treadle run reward-model steps.reward.source.pairs.path=pairs.jsonl",
     oracle="tests/objectives/test_objectives_reward.py::test_loss_and_gradients_match_trl",
 )
-
-
-class ScoreHead(Wordless, ABC):
-    """A head that gives a number for a hidden state, where a language model has its vocabulary."""
-
-    @abstractmethod
-    def forward(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
-        """Scores in fp32."""
 
 
 class BradleyTerry(Objective):
@@ -53,7 +44,9 @@ class BradleyTerry(Objective):
     def __call__(self, model: DecoderModel, batch: PreferenceBatch) -> LossOutput:
         chosen, rejected = sequence_scores(model, batch).unflatten(0, (-1, 2)).unbind(-1)
         difference = chosen - rejected
-        margin = self.margin if batch.margins is None else batch.margins
+        margin = torch.full_like(difference, self.margin)
+        if batch.margins is not None:
+            margin = torch.where(batch.margins.isnan(), margin, batch.margins)
         loss = -F.logsigmoid(difference - margin)
         if batch.confidence is not None:
             q = batch.confidence

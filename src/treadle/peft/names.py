@@ -48,7 +48,7 @@ def names_of(model: DecoderModel) -> Names:
         for name, module in model.named_modules()
         if isinstance(module, kinds) and not name.endswith(".base")
     }
-    rules = family_for_hf(model.config).huggingface.rules(model.config)
+    rules = family_for_hf(model.config).huggingface.names(model.config)
     ruled = {ours.removesuffix(".weight") for rule in rules for ours in rule.ours}
     names = {name: name for name in layers - ruled}
     transposed = set()

@@ -1,4 +1,7 @@
-"""One model bargains with itself: schooled on scripted deals, then self-play for the payoff."""
+"""One model bargains with itself: schooled on scripted deals, then self-play for the payoff.
+
+A payoff against itself says how well both agree; who bargains better, it says against the schooled.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from treadle.alignment.samplers import NativeKernels
 from treadle.core.pipeline import Pipeline
 from treadle.inference.sampling import Sampling
 from treadle.recipes.plays import BASE, reinforced, schooled, watched
+from treadle.train.run import Trained
 
 
 def negotiate() -> Pipeline:
@@ -29,4 +33,16 @@ def negotiate() -> Pipeline:
         count=96,
     )
     school = schooled(ScriptedDeals(negotiation=game), steps=16)
-    return watched("negotiate", school, reinforced("self-play", source, 16, minutes=6.0), exam)
+    play = reinforced("self-play", source, 16, minutes=6.0)
+    *steps, report = watched("negotiate", school, play, exam).steps
+    duels = (
+        exam.replace(
+            name=f"duel-{run.name}",
+            subject=run.name,
+            model=Trained(step=run.name),
+            opponent=Trained(step=school.name),
+            what="payoff against the schooled",
+        )
+        for run in (school, play)
+    )
+    return Pipeline(name="negotiate", steps=(*steps, *duels, report))

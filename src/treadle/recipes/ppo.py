@@ -1,44 +1,33 @@
-"""PPO on problems with a verifier, from a model that has seen some solutions."""
+"""PPO on instructions that a program checks."""
 
 from __future__ import annotations
 
 from treadle.alignment.ppo import PPORollouts
-from treadle.alignment.reasoning_gym import ReasoningGym
-from treadle.alignment.rollouts import Rollouts
+from treadle.alignment.samplers import NativeKernels
 from treadle.alignment.value_head import ValueHead
 from treadle.core.pipeline import Pipeline
-from treadle.inference.sampling import Sampling
 from treadle.objectives.ppo import PPO
 from treadle.optim.adamw import AdamW
 from treadle.optim.schedules import Constant
-from treadle.recipes.expert_iteration import expert_iteration
-from treadle.recipes.families import QUICKSTART
-from treadle.recipes.quickstart import measured
+from treadle.peft.lora import LoRA
+from treadle.recipes.instructed import BASE, followed, rollouts
 from treadle.reports.report import Report
 from treadle.train.fit import Fit
 from treadle.train.run import Run, Trained
 
 
 def ppo() -> Pipeline:
-    start, before = expert_iteration().steps[:2]
+    lots = rollouts().replace(sampler=NativeKernels())
     reinforce = Run(
         name="ppo",
-        model=Trained(step="sft"),
-        transforms=(ValueHead(),),
-        source=PPORollouts(
-            rollouts=Rollouts(
-                problems=ReasoningGym(families=QUICKSTART, seed=1),
-                prompts=16,
-                completions=4,
-                sampling=Sampling(max_tokens=112),
-                tokens=2048,
-            )
-        ),
+        model=BASE,
+        transforms=(LoRA(rank=16), ValueHead()),
+        source=PPORollouts(rollouts=lots, epochs=1, minibatches=2),
         objective=PPO(),
-        optimizer=AdamW(lr=1e-4),
+        optimizer=AdamW(lr=3e-4),
         schedule=Constant(),
-        fit=Fit(steps=24, checkpoint_every=4),
-        minutes=8.0,
+        fit=Fit(steps=48, checkpoint_every=8),
+        minutes=6.0,
     )
-    after = (reinforce, measured("ppo", Trained(step="ppo")), Report())
-    return Pipeline(name="ppo", steps=(start, before, *after))
+    before, after = followed("base", BASE), followed("ppo", Trained(step="ppo"))
+    return Pipeline(name="ppo", steps=(before, reinforce, after, Report()))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from treadle.alignment.reasoning_gym import ReasoningGym
-from treadle.alignment.reward_head import RewardHead
 from treadle.alignment.roll_out import MeasureSteps, RollOut
 from treadle.alignment.solutions import SolutionsOf, Steps
 from treadle.core.pipeline import Pipeline
+from treadle.models.reward_head import RewardHead
 from treadle.models.source import Pretrained
 from treadle.objectives.process_reward import ProcessReward
 from treadle.optim.adamw import AdamW

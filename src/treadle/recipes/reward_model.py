@@ -6,9 +6,9 @@ from treadle.alignment.held_out import HeldOut
 from treadle.alignment.measure import MeasurePreferences, ScoreOf
 from treadle.alignment.preferences import PairFiles, Preferences
 from treadle.alignment.reference import NoReference
-from treadle.alignment.reward_head import RewardHead
 from treadle.core.pipeline import Pipeline
 from treadle.data.split import LeakFreeSplit
+from treadle.models.reward_head import RewardHead
 from treadle.models.source import Pretrained
 from treadle.objectives.reward import BradleyTerry
 from treadle.optim.adamw import AdamW

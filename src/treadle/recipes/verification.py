@@ -56,7 +56,7 @@ def self_checking(name: str, lesson: Lesson, strategies: tuple[Strategy, ...]) -
             lesson=lesson,
         ),
         objective=CausalLM(),
-        optimizer=AdamW(lr=1e-3),
+        optimizer=AdamW(lr=3e-4),
         schedule=Constant(),
         fit=Fit(steps=16, checkpoint_every=8),
         minutes=5.0,

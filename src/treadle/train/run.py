@@ -79,6 +79,7 @@ class Run(Training):
         opened = self.model.open(workspace)
         model = transformed(opened.model, self.transforms)
         world = self.plan.setup()
+        model.to(world.device)  # before a source opens, which may ask it
         precision = settle(
             self.fit.precision, world.device, folder / "precision.yaml", workspace.progress.say
         )
@@ -105,7 +106,7 @@ class Run(Training):
                 WarnAbove(workspace.progress, self.name),
             ]
         stream = self.source.open(env)
-        precision.prepare(model.to(world.device))  # so that the prints are in the final dtypes
+        precision.prepare(model)  # so that the prints are in the final dtypes
         release_tensors()  # what loading took
         before = prints_of(model)
         result = fit(

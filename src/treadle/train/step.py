@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from treadle.core.errors import TreadleError
 from treadle.data.source import Work
 from treadle.models.decoder import DecoderModel
 from treadle.objectives.objective import Objective
@@ -42,23 +43,35 @@ def summed_gradients(
     precision: Precision,
     scaler: Scaler,
 ) -> Sums:
-    """Leave the summed gradients of a step in the parameters; return its other sums."""
+    """Leave the summed gradients of a step in the parameters; return its other sums.
+
+    Raises:
+        TreadleError: there is no batch at all.
+    """
     sums = Sums()
-    rounds = plan.rounds(len(work.batches))
+    spare = work.batches[-1] if work.batches else work.spare
+    if spare is None:
+        raise TreadleError(
+            f"process {world.rank} of {world.size} has no batch in a step: let the source give "
+            "each process at least one item a step"
+        )
+    rounds = plan.rounds(max(1, len(work.batches)))
     for index in range(rounds):
         # A rank with fewer micro-batches than others still takes part in their communication.
         extra = index >= len(work.batches)
-        batch = work.batches[-1 if extra else index].to(world.device)
+        batch = (spare if extra else work.batches[index]).to(world.device)
         plan.begin(model, last=index == rounds - 1)
         with precision.autocast(world.device):
             output = objective(model, batch)
         scaler.scale(output.total * 0.0 if extra else output.total).backward()
-        if not extra:
-            sums.add("total", output.total)
-            sums.add("weight", output.weight)
-            sums.add("tokens", torch.tensor(batch.layout.tokens, device=world.device))
-            for name, value in output.metrics.items():
-                sums.add(f"metric.{name}", value)
+        found = {
+            "total": output.total,
+            "weight": output.weight,
+            "tokens": torch.tensor(batch.layout.tokens, device=world.device),
+            **{f"metric.{name}": value for name, value in output.metrics.items()},
+        }
+        for name, value in found.items():
+            sums.add(name, torch.zeros_like(value) if extra else value)
         del output  # what its functions keep would live beside the next micro-batch's
     plan.finish(model)
     return sums

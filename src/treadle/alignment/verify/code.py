@@ -1,28 +1,23 @@
 """Code: a completion's program must pass the problem's tests, in the sandbox.
 
 Tests are Python that raises where something is wrong: `metadata["tests"]`, a text or a list of
-lines, else the problem's answer. MBPP's rows have them as `test_list`.
+lines, else the problem's answer. MBPP's rows have them as `test_list`. They run apart from the
+program (see `code_trial`), and do not see what it prints; helpers that they need, they import or
+define themselves.
 """
 
 from __future__ import annotations
 
 import re
-import secrets
 from collections.abc import Sequence
+from pathlib import Path
 
-from treadle.alignment.sandbox import run_python
+from treadle.alignment import code_trial
+from treadle.alignment.sandbox import run_beside
 from treadle.core.errors import TreadleError
 from treadle.data.records import Problem
 
 _FENCED = re.compile(r"```(?:python|py)?[^\S\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
-RUNNER = """\
-import sys
-program, tests = {program!r}, {tests!r}
-space = {{"__name__": "solution"}}
-exec(compile(program, "solution.py", "exec"), space)
-exec(compile(tests, "tests.py", "exec"), space)
-print("\\n" + sys.stdin.readline())
-"""
 
 
 def marks(problem: Problem, completion: str) -> float:
@@ -35,12 +30,11 @@ def marks(problem: Problem, completion: str) -> float:
     tests = tests_of(problem)
     if not program:
         return 0.0
-    # A program that leaves early with status 0 has passed nothing: the word is said after the
-    # tests, and only its last reader knows it.
-    word = secrets.token_hex(16)
-    outcome = run_python(RUNNER.format(program=program, tests=tests), stdin=f"{word}\n")
-    said = outcome.stdout.strip().splitlines()
-    return float(outcome.code == 0 and bool(said) and said[-1] == word)
+    judge, judged = (
+        f"{Path(code_trial.__file__).read_text('utf-8')}\n{call}"
+        for call in (f"run_tests({tests!r})", f"run_program({program!r})")
+    )
+    return float(run_beside(judge, judged).code == 0)
 
 
 def extract_code(completion: str) -> str:

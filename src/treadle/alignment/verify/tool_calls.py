@@ -43,7 +43,10 @@ def marks(problem: Problem, completion: str) -> float:
 
 def tool_calls(completion: str) -> list[dict[str, Any]]:
     """The calls in a completion. Raises ValueError where one is malformed."""
-    return [_call(json.loads(text)) for text in _TAGGED.findall(completion)]
+    try:
+        return [_call(json.loads(text)) for text in _TAGGED.findall(completion)]
+    except RecursionError:
+        raise ValueError("too many brackets in brackets") from None
 
 
 def _call(value: Any) -> dict[str, Any]:

@@ -61,6 +61,15 @@ class ChainOfThought(Prompt):
         return turns, f"{self.trigger}\n"
 
 
+class Instructed(Prompt):
+    """An instruction before the question."""
+
+    instruction: str = Field(min_length=1)
+
+    def __call__(self, turns: Turns) -> tuple[Turns, str]:
+        return said_last(turns, lambda question: f"{self.instruction}\n\n{question}"), ""
+
+
 class Shot(Config):
     """A question with the answer that a model should imitate, reasoning included."""
 

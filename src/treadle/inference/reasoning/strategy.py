@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from treadle.core.config import Config
+from treadle.core.progress import Progress, Silent
+from treadle.data.rating import Rating
 from treadle.inference.engine import Engine
 from treadle.inference.request import Completion, Request
 from treadle.inference.sampling import Sampling
@@ -20,6 +22,7 @@ Turns = tuple[dict[str, str], ...]
 """A conversation as chat templates have it."""
 Extract = Callable[[str], str | None]
 Verify = Callable[[int, str], float]
+Rate = Callable[[Rating, int, Sequence[str]], list[float]]
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,9 @@ class Thinker:
     extract: Extract
     verify: Verify | None = None
     """Scores a text for a question, where something can."""
+    rate: Rate | None = None
+    """Rates texts for a question by a reward, where questions are problems."""
+    progress: Progress = field(default_factory=Silent)
     spent: dict[int, int] = field(default_factory=dict)
     overflows: int = 0
     """Conversations that filled the context and got no answer."""
@@ -74,7 +80,9 @@ class Thinker:
             places.append(place)
         nothing = Completion(tokens=(), text="", logprobs=(), finish="length")
         answers = [[nothing] * n for _ in asks]
-        for place, completions in zip(places, self.engine.generate(requests), strict=True):
+        with self.progress.task("answers", n * len(requests)) as task:
+            found = self.engine.generate(requests, lambda done, total: task.update(done))
+        for place, completions in zip(places, found, strict=True):
             answers[place] = completions
             question = asks[place].question
             cost = sum(len(c.tokens) for c in completions)

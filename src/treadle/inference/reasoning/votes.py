@@ -18,6 +18,7 @@ from pydantic import Field
 from treadle.core.cards import Card
 from treadle.core.config import Config
 from treadle.core.errors import TreadleError
+from treadle.data.rating import Rating
 from treadle.inference.reasoning.prompting import Prompt, ZeroShot, prompted
 from treadle.inference.reasoning.strategy import Ask, Strategy, Thinker, Thought, Turns, visible
 from treadle.inference.request import Completion
@@ -34,7 +35,7 @@ CARDS = (
     Card(
         id="re.best_of_n",
         paper="Cobbe et al. 2021, arXiv:2110.14168",
-        summary="The best of N answers by a verifier, or by how sure the model is.",
+        summary="The best of N answers by a verifier, a reward model, or how sure the model is.",
         recipe="treadle reason smollm2-135m-instruct --strategy '{kind: BestOfN, n: 8}'",
         oracle="tests/inference/test_inference_reasoning.py::test_best_of_n_has_the_closed_form_rate",
     ),
@@ -131,6 +132,22 @@ class ByVerifier(Preferred):
                 "that can be checked"
             )
         return [thinker.verify(ask.question, visible(text)) for text in texts]
+
+
+class ByReward(Preferred):
+    """What a reward model gives, or any other reward."""
+
+    reward: Rating
+
+    def __call__(
+        self, thinker: Thinker, ask: Ask, texts: Sequence[str], paths: Sequence[Completion]
+    ) -> list[float]:
+        if thinker.rate is None:
+            raise TreadleError(
+                "ByReward: these questions are no problems that a reward could read: choose "
+                "BySureness"
+            )
+        return thinker.rate(self.reward, ask.question, [visible(text) for text in texts])
 
 
 class BestOfN(Strategy):

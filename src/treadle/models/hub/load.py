@@ -104,7 +104,7 @@ def read_decoder(path: StrPath) -> Decoder:
     path = Path(path)
     if path.is_dir():
         config = read_config(path)
-        return family_of_hf(config).huggingface.read(config)
+        return family_of_hf(config).huggingface.decoder(config)
     if not path.is_file():
         raise TreadleError(f"{path}: no such file or folder")
     header = read_header(GGUFFile.open(path))
@@ -121,9 +121,9 @@ def _load_folder(
     config = read_config(folder)
     family = family_of_hf(config)
     spelling = family.huggingface
-    decoder = spelling.read(config)
+    decoder = spelling.decoder(config)
     tensors = open_safetensors(folder)
-    rules = spelling.rules(decoder)
+    rules = spelling.names(decoder)
     stored = ignore(tuple(tensors), spelling.ignored)
     known = {n for r in rules for n in r.theirs}
     # A model saved without its head leaves off the front of all names.
@@ -150,7 +150,7 @@ def _load_folder(
 def _likeness(names: Iterable[str], family: Family, decoder: Decoder) -> str:
     """The family that has tensors of these names, if it is another one."""
     for other in FAMILIES:
-        known = {n for r in other.huggingface.rules(decoder) for n in r.theirs}
+        known = {n for r in other.huggingface.names(decoder) for n in r.theirs}
         if known.issuperset(names):
             return "" if other.name == family.name else f", rather of {other.name}"
     return ""

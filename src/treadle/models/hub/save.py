@@ -70,15 +70,14 @@ def save_hf(
     require_plain(model)
     chosen = family_for_hf(model.config, family)
     spelling = chosen.huggingface
-    rules = applicable(model, spelling.rules(model.config))
+    rules = applicable(model, spelling.names(model.config))
     stored = dtype or model.embedding.weight.dtype
     config = {
-        "architectures": [spelling.architecture],
         "model_type": spelling.model_type,
         # transformers 5 and 4, in this order
         "dtype": str(stored).removeprefix("torch."),
         "torch_dtype": str(stored).removeprefix("torch."),
-        **spelling.write(model.config),
+        **spelling.config(model.config),
         # Left out, transformers takes numbers from the family's first release.
         **dict.fromkeys(TOKENS),
         **fields,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
 
 from treadle.core.errors import TreadleError
@@ -34,6 +35,14 @@ def from_first(text: str) -> str:
     box = [text]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def summed(*values: float) -> tuple[float, ...]:
+    """Each of the values, summed over all ranks."""
+    total = torch.tensor(values, dtype=torch.float64)
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return tuple(total.tolist())
 
 
 @contextmanager
