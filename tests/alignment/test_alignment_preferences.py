@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from tiny_generation import byte_tokenizer, tiny_model
 
 from treadle.alignment.confidence import CrossFitted
-from treadle.alignment.labelled import JudgedFiles, Judgements, Unpaired
+from treadle.alignment.labelled import Judged, JudgedFiles, Judgements, Unpaired
 from treadle.alignment.preferences import PairFiles, Preferences
 from treadle.alignment.reference import InitialModel, NoReference, Reference
 from treadle.alignment.trees import Tree
 from treadle.core.errors import TreadleError
+from treadle.data.records import Labelled, assistant, user
 from treadle.data.source import Env, Source
 from treadle.data.split import LeakFreeSplit
 from treadle.data.tasks import Task, TaskMix
@@ -336,3 +337,16 @@ def test_one_prompt_is_not_enough_for_kto(tmp_path: Path) -> None:
     answers = Unpaired(pairs=pair_files(tmp_path, PAIRS[:1]))
     with pytest.raises(TreadleError, match="no answer is to another prompt: KTO compares"):
         Judgements(answers=answers).open(env(tiny_model(), tmp_path))
+    read: list[int] = []
+
+    class OnePrompt(Judged):
+        def answer(self, index: int) -> Labelled:
+            read.append(index)
+            return Labelled((user("x"),), (assistant(f"{index}"),), index % 2 == 0)
+
+        def count(self) -> int:
+            return 200
+
+    with pytest.raises(TreadleError, match="no answer is to another prompt"):
+        Judgements(answers=OnePrompt()).open(env(tiny_model(), tmp_path / "many"))
+    assert len(read) <= 400, "it is seen at once"

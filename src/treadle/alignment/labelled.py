@@ -27,6 +27,8 @@ from treadle.data.split import LeakFreeSplit, Part
 from treadle.data.spool import Records, open_records
 from treadle.objectives.kto import LabelledBatch
 
+ALONE = "no answer is to another prompt: KTO compares with one"
+
 
 class Judged(Config):
     """A shape: a supply of answers with a verdict."""
@@ -92,6 +94,10 @@ class JudgementStream(TreeStream):
     def __init__(self, config: Judgements, env: Env) -> None:
         self.config = config
         count, per_step, tokens = config.answers.count(), config.per_step, config.tokens
+        prompts = (config.answers.answer(i).prompt for i in range(count))
+        first = next(prompts, None)
+        if first is not None and all(prompt == first for prompt in prompts):
+            raise TreadleError(ALONE)  # each answer would look through all others for one
         super().__init__(env, count=count, per_step=per_step, tokens=tokens, what="answer")
         self.reference = reference_of(self, InitialModel())
 
@@ -108,7 +114,7 @@ class JudgementStream(TreeStream):
             other = self.config.answers.answer((index + step) % count)
             if other.prompt != judged.prompt and says_something(other.completion):
                 return other.completion
-        raise TreadleError("no answer is to another prompt: KTO compares with one")
+        raise TreadleError(ALONE)
 
     def batch(self, trees: list[Tree], places: list[int]) -> LabelledBatch:
         assert self.reference is not None
