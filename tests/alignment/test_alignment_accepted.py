@@ -12,9 +12,9 @@ from tiny_generation import END, byte_tokenizer
 from treadle.alignment.accepted import Accepted, Agreeing, Hint, Rewarded, with_hint
 from treadle.alignment.rejection import accepted_texts
 from treadle.alignment.rollouts import Group, Rollouts
-from treadle.alignment.scoring import Scored
 from treadle.core.errors import TreadleError
 from treadle.data.problems import Problems
+from treadle.data.rating import Scored
 from treadle.data.source import Env
 from treadle.inference.sampling import Sampling
 from treadle.models.decoder import DecoderModel

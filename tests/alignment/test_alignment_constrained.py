@@ -76,7 +76,7 @@ def test_cost_is_held_under_its_limit(tmp_path: Path) -> None:
     )
     begun, ended, highest, cost = [], [], [], []
     for seed in range(3):
-        held = train(source, tmp_path / f"held-{seed}", 40, seed)
+        held = train(source, tmp_path / f"held-{seed}", 32, seed)
         safe = [2 * (reward - cost) for reward, cost in zip(held.reward, held.cost, strict=True)]
         begun.append(sum(safe[:5]) / 5)
         ended.append(sum(safe[-10:]) / 10)
@@ -86,7 +86,7 @@ def test_cost_is_held_under_its_limit(tmp_path: Path) -> None:
     assert sum(highest) / 3 > 2 * 0.05
     assert sum(ended) / 3 > 0.8
     assert sum(ended) > 1.8 * sum(begun)
-    free = train(source.replace(multiplier=1e-9, rate=1e-9), tmp_path / "free", 40, 0)
+    free = train(source.replace(multiplier=1e-9, rate=1e-9), tmp_path / "free", 32, 0)
     assert sum(free.cost[-3:]) / 3 > 0.5
 
 

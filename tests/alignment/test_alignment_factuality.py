@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from treadle.alignment.factuality import Factuality, claim_of, open_library
+from treadle.alignment.factuality import Factuality, claim_of, open_library, stem
 from treadle.core.errors import FileFormatError, TreadleError
 from treadle.data.records import Problem, user
 
@@ -83,6 +83,12 @@ def test_a_number_is_one_word(tmp_path: Path) -> None:
 def test_nothing_said_is_worth_nothing(reward: Factuality) -> None:
     assert reward(PROBLEM, "") == reward(PROBLEM, "Yes. It is. So.") == 0.0
     assert reward(PROBLEM, "Quantum zebras yodel.") == 0.0
+    assert reward(PROBLEM, f"Yes. {TOWNS[0]} was founded in {YEARS[0]}.") == 1.0
+
+
+def test_plurals_and_owners_are_one_word_with_what_they_are_of() -> None:
+    assert stem("mills") == stem("mill") == stem("mill's") == "mill"
+    assert [stem(w) for w in ("moss", "gas", "his")] == ["moss", "gas", "his"]
 
 
 def test_retrieval_is_bm25(reward: Factuality) -> None:

@@ -86,6 +86,11 @@ def test_penalties_are_the_formula() -> None:
             assert float(found[p, c]) == pytest.approx(wanted, abs=1e-6)
 
 
+def test_equal_scores_of_a_prompt_are_not_told_apart() -> None:
+    """Not by the rounding of their mean: a group without a signal stays without one."""
+    assert not penalties(torch.tensor([[0.1] * 12, [0.9] * 12]), [0, 0]).any()
+
+
 def test_the_penalty_is_the_gradient_of_the_gap() -> None:
     """For three groups of Bernoulli answers, every outcome in its share: the policy gradient of
     the penalties is the derivative of the gap."""

@@ -2,56 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from alignment.learn import learn
-from tiny_generation import byte_tokenizer, tiny_model
+from alignment.ppo_workers import PPOLetters, env, lots, moved, source
+from tiny_generation import tiny_model
+from train.processes import launch
 
-from treadle.alignment.ppo import PPORollouts
-from treadle.alignment.rollouts import Rollouts
 from treadle.alignment.value_head import ValueHead
-from treadle.data.problems import Problems
-from treadle.data.records import Problem, user
-from treadle.data.source import Env
-from treadle.inference.sampling import Sampling
-from treadle.models.decoder import DecoderModel
 from treadle.objectives.ppo import PPO
 from treadle.peft.lora import LoRA
-
-TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:"
-
-
-class PPOLetters(Problems):
-    """Reward: the share of the text that is letters."""
-
-    weight: float = 1.0
-
-    def problem(self, index: int) -> Problem:
-        return Problem((user(f"write {index % 3}"),), "", "letters")
-
-    def score(self, problem: Problem, completion: str) -> float:
-        return self.weight * sum(c.islower() for c in completion) / max(1, len(completion))
-
-
-def env(model: DecoderModel, folder: Path) -> Env:
-    tokenizer = byte_tokenizer().with_template(TEMPLATE)
-    return Env(model=model, tokenizer=tokenizer, scratch=folder)
-
-
-def source(**changes) -> PPORollouts:
-    rollouts = Rollouts(
-        problems=PPOLetters(), prompts=4, completions=4, sampling=Sampling(max_tokens=8)
-    )
-    return PPORollouts(rollouts=rollouts).replace(**changes)
-
-
-def moved(model: DecoderModel) -> DecoderModel:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.3)
-    return model
 
 
 def test_returns_of_a_fresh_value_head_are_the_rewards_to_come(tmp_path: Path) -> None:
@@ -179,3 +142,20 @@ def test_a_stream_goes_on_where_it_was(tmp_path: Path) -> None:
         found = next(again).batches[0]
         assert torch.equal(found.tokens, batch.tokens)
         torch.testing.assert_close(found.returns, batch.returns)
+
+
+@pytest.mark.distributed
+def test_two_ranks_have_the_lot_of_one(tmp_path: Path) -> None:
+    """The same penalty, advantages and measures, though each has half of the answers."""
+    launch(lots, 2, tmp_path, tmp_path)
+    lots(tmp_path)
+    alone, *ranks = (
+        json.loads((tmp_path / f"lots-{name}.json").read_text())
+        for name in ("0-of-1", "0-of-2", "1-of-2")
+    )
+    for lot, parts in zip(alone, zip(*ranks, strict=True), strict=True):
+        assert lot["beta"] != 0.1
+        for name in ("kl", "beta"):
+            assert [p[name] for p in parts] == pytest.approx([lot[name]] * 2, rel=1e-4)
+        found = [row for p in parts for row in p["advantages"]]
+        assert found == [pytest.approx(row, rel=1e-4, abs=1e-5) for row in lot["advantages"]]

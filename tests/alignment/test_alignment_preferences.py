@@ -127,6 +127,14 @@ def test_nothing_left_is_an_error(row, message: str, tmp_path: Path) -> None:
         source(tmp_path, [row]).open(env(tiny_model(), tmp_path))
 
 
+def test_each_process_has_a_pair(tmp_path: Path) -> None:
+    here = replace(env(tiny_model(), tmp_path), rank=2, world=3)
+    with pytest.raises(TreadleError, match="per_step=2 leaves some of 3 processes without pairs"):
+        source(tmp_path, per_step=2).open(here)
+    stream = source(tmp_path, per_step=3, reference=NoReference()).open(here)
+    assert [b.sequence_count for b in next(stream).batches] == [2]
+
+
 def test_without_reference_nothing_is_computed(tmp_path: Path) -> None:
     stream = source(tmp_path, reference=NoReference()).open(env(tiny_model(), tmp_path))
     assert next(stream).batches[0].reference is None
@@ -202,6 +210,28 @@ def test_the_reference_is_asked_only_about_what_the_run_comes_to(tmp_path: Path)
             batches = next(here).batches
             assert all(torch.isfinite(b.reference).all() for b in batches)
     torch.testing.assert_close(here.reference, full.reference)
+
+
+def test_a_reference_that_is_interrupted_goes_on(tmp_path: Path) -> None:
+    """What was computed before is not computed again; no more trees are held than needed."""
+    rows = [{**PAIRS[i % 4], "prompt": f"{i}?"} for i in range(600)]
+    stream = source(tmp_path, rows, reference=NoReference()).open(env(tiny_model(), tmp_path))
+    asked: list[int] = []
+
+    def tree(index: int) -> Tree:
+        asked.append(index)
+        if len(asked) == 400:
+            raise KeyboardInterrupt
+        return stream.tree(index)
+
+    with pytest.raises(KeyboardInterrupt):
+        InitialModel()(stream.env, stream.kept, tree, 4096)
+    found = InitialModel()(stream.env, stream.kept, tree, 4096)
+    assert found is not None
+    assert asked[400:] == stream.kept[256:]
+    prompt, *answers = (list(p.tokens) for p in stream.tree(stream.kept[300]))
+    expected = [answer_logprobs(tiny_model(), prompt, a).sum() for a in answers]
+    torch.testing.assert_close(found[300], torch.stack(expected).detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_a_mixture_has_references_for_all_its_draws(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from treadle.alignment.reviewed import (
     first_mistake,
 )
 from treadle.alignment.rollouts import Rollouts
-from treadle.alignment.scoring import guarded
 from treadle.alignment.worked_solutions import worked_solution
 from treadle.core.errors import TreadleError
+from treadle.data.rating import guarded
 from treadle.data.records import Problem, assistant, user
 from treadle.data.source import Env
 from treadle.inference.engine import Engine

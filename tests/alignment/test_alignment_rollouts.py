@@ -15,6 +15,7 @@ from tiny_generation import END, byte_tokenizer, tiny_model
 from train.processes import launch
 
 from treadle.alignment.advantages import (
+    Advantage,
     BatchNormalised,
     GroupCentred,
     GroupCentredBatchNormalised,
@@ -111,6 +112,24 @@ def test_advantages_closed_forms() -> None:
     assert float(loo[2, 0]) == -1.0
     # Leave-one-out is the centred advantage times G / (G - 1).
     torch.testing.assert_close(loo, centred * 4 / 3)
+
+
+@pytest.mark.parametrize(
+    "advantage",
+    [
+        GroupNormalised(),
+        GroupCentred(),
+        LeaveOneOut(),
+        BatchNormalised(),
+        GroupCentredBatchNormalised(),
+    ],
+    ids=lambda a: type(a).__name__,
+)
+def test_equal_rewards_have_no_advantage(advantage: Advantage) -> None:
+    """Not even the rounding of their mean, which a standard deviation near 0 would blow up."""
+    for group in (2, 3, 6, 8, 12, 16):
+        for reward in (0.1, 0.3, 1 / 3, 0.9):
+            assert not advantage(torch.full((4, group), reward)).any()
 
 
 def test_advantages_over_the_batch_match_the_paper() -> None:

@@ -23,16 +23,16 @@ from treadle.alignment.rewards import (
     Weighted,
     WorstOf,
 )
-from treadle.alignment.scoring import (
+from treadle.core.errors import TreadleError
+from treadle.data.problems import Problems
+from treadle.data.rating import (
     OvertimeError,
+    Scored,
     require_sound,
     reward_metrics,
     scorer,
     time_limit,
 )
-from treadle.core.errors import TreadleError
-from treadle.data.problems import Problems
-from treadle.data.rating import Scored
 from treadle.data.records import Problem, user
 from treadle.data.source import Env
 

@@ -38,6 +38,7 @@ from treadle.inference.sampling import Sampling
 from treadle.models.decoder import DecoderModel
 from treadle.models.source import ModelSource, Opened
 from treadle.objectives.policy import GRPO
+from treadle.train.parallel import talk
 from treadle.train.precision import FP32
 
 TEMPLATE = (
@@ -441,7 +442,7 @@ class AlwaysRight(Problems):
         return 1.0
 
 
-def test_plays_that_teach_nothing(tmp_path: Path) -> None:
+def test_plays_that_teach_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Openings that fill the context are counted; equal rewards everywhere are an error."""
     source = chatting(environment=Chatting(rounds=1), prompts=2)
     plain = WithTools(problems=AlwaysRight(), tools=(Calculator(),), told=False)
@@ -449,11 +450,14 @@ def test_plays_that_teach_nothing(tmp_path: Path) -> None:
     with pytest.raises(TreadleError, match="all plays of a problem ended with equal rewards"):
         next(stream)
     assert stream.left_out == 8
-    # Several processes stay in step: one without a signal adds nothing.
-    two = source.replace(environment=plain).open(
-        replace(env(tiny_model(context=256), tmp_path), world=2, rank=1)
-    )
-    assert next(two).batches == ()
+    # Several processes stay in step: one without a signal has a batch to spare, and adds nothing.
+    one_of_two = source.replace(environment=plain).open(env(tiny_model(context=256), tmp_path))
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(talk, "summed", lambda *numbers: (3,))
+        work = next(one_of_two)
+    assert work.batches == ()
+    assert work.spare is not None
+    assert not work.spare.advantages.any()
     everything = plain.replace(told=True)
     with pytest.raises(TreadleError, match="the openings of all 2 problems of a step fill"):
         next(source.replace(environment=everything).open(env(tiny_model(context=128), tmp_path)))

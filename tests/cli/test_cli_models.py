@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
+import transformers
 from typer.testing import CliRunner, Result
 
 from treadle.cli.app import build
@@ -17,6 +18,7 @@ from treadle.models.decoder import DecoderModel
 from treadle.models.hub.load import load_model
 from treadle.models.hub.save import save_hf
 from treadle.models.llama import tiny_llama
+from treadle.models.reward_head import RewardHead
 from treadle.tokenizers.template import CHATML
 from treadle.tokenizers.tokenizer import Tokenizer
 
@@ -96,6 +98,33 @@ def test_an_exported_model_says_the_same(folder: Path, tmp_path: Path, form: str
         before, after = (logits(load_model(p).model, tokens) for p in (folder, target))
     torch.testing.assert_close(after, before, atol=0 if form == "hf" else 0.05, rtol=0)
     assert treadle("generate", str(target), "the", "--max-tokens", "3").exit_code == 0
+
+
+def test_an_exported_reward_model_is_read_where_its_texts_end(tmp_path: Path) -> None:
+    """By transformers, in a padded batch: padding must not be what ends a turn."""
+    tokenizer = train_tokenizer().with_special(eos="<|im_end|>", pad="<|im_end|>")
+    torch.manual_seed(0)
+    config = tiny_llama(tokenizer.vocab_size, dim=64, layers=2, kv_heads=2, hidden=96, context=128)
+    model = RewardHead()(config.build())
+    torch.nn.init.normal_(model.head.linear.weight)
+    save_hf(model, tmp_path / "scorer")
+    tokenizer.save(tmp_path / "scorer")
+    target = tmp_path / "out"
+    options = ("--to", str(target), "--dtype", "float32")
+    done = treadle("export", str(tmp_path / "scorer"), *options)
+    assert done.exit_code == 0, done.output
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(target)
+    reader = transformers.AutoTokenizer.from_pretrained(target)
+    texts = [f"the loom{'<|im_end|>' * n}" for n in (0, 1, 2)] + ["the loom weaves the cloth"]
+    batch = reader(texts, return_tensors="pt", padding=True, padding_side="right")
+    assert (batch["attention_mask"] == 0).any()
+    with torch.no_grad():
+        found = theirs(**batch).logits[:, 0]
+        expected = [model.head(model(torch.tensor(reader(t)["input_ids"])))[-1] for t in texts]
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=1e-4)
+    wordless = treadle("generate", str(target), "the")
+    assert wordless.exit_code == 2
+    assert "LinearScore" in wordless.output
 
 
 def logits(model: DecoderModel, tokens: torch.Tensor) -> torch.Tensor:

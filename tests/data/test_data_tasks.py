@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from chat_env import Numbered, chat_env
+from chat_env import ChatModel, Numbered, chat_env
 
 from treadle.core.errors import ConfigError
+from treadle.core.pipeline import Pipeline, Workspace
 from treadle.data.batch import Batch
-from treadle.data.source import Env, Work
+from treadle.data.source import Env, Limit, Source, Stream, Work
 from treadle.data.supervised import Supervised
 from treadle.data.tasks import Task, TaskMix
+from treadle.distillation.taught import Taught
+from treadle.train.descriptions import WithDescriptions
 
 
 def supervised(word: str, per_step: int = 2) -> Supervised:
@@ -81,6 +86,43 @@ def test_it_resumes_and_is_shared_by_ranks(tmp_path: Path) -> None:
         assert [x.task for x in a.batches] == [x.task for x in b.batches]
         together = [*documents(env, a), *documents(env, b)]
         assert Counter(together) == Counter(documents(env, next(whole)))
+
+
+class Warned(Source):
+    """Another source whose stream is watched."""
+
+    source: Source
+
+    def open(self, env: Env) -> Stream:
+        return WarnedStream(self.source.open(env))
+
+
+class WarnedStream(Stream):
+    def __init__(self, inner: Stream) -> None:
+        self.inner = inner
+
+    def __next__(self) -> Work:
+        limits = (Limit("drift", 1.0, "less"), Limit("loss", 9.0, "slower"))
+        return replace(next(self.inner), metrics={"drift": 2.0}, limits=limits)
+
+    def state(self) -> dict[str, Any]:
+        return self.inner.state()
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.inner.restore(state)
+
+
+def test_what_a_task_warns_of_is_heard(tmp_path: Path) -> None:
+    """Under the name that the metric has among the others; the objective's keep theirs."""
+    mix = TaskMix(tasks=(Task(name="weave", source=Warned(source=supervised("weave"))),), draws=1)
+    described = WithDescriptions(source=mix, descriptions=("about cloth",))
+    taught = Taught(source=mix, teacher=ChatModel(folder=str(tmp_path)))
+    place = Workspace(tmp_path, tmp_path, Pipeline(name="p", steps=()))
+    env = replace(chat_env(tmp_path), workspace=place)
+    for source in (mix, described, taught):
+        work = next(source.open(env))
+        assert work.metrics["weave.drift"] == 2.0
+        assert [limit.metric for limit in work.limits] == ["weave.drift", "loss"]
 
 
 def test_names_must_differ(tmp_path: Path) -> None:

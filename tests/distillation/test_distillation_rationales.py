@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -57,14 +58,21 @@ def workspace(tmp_path: Path) -> Workspace:
     return Workspace(tmp_path, tmp_path / "step", Pipeline(name="p", steps=()))
 
 
-def opened(tmp_path: Path, rows: list[dict[str, str]], **fields):
+def opened(tmp_path: Path, rows: list[dict[str, str]], rank: int = 0, world: int = 1, **fields):
     folder = tmp_path / "rationales"
     folder.mkdir(exist_ok=True)
     (folder / "manifest.json").write_text("{}")
     (folder / FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
     work = workspace(tmp_path)
     tokenizer = byte_tokenizer().with_template(TEMPLATE)
-    env = Env(model=tiny_model(), tokenizer=tokenizer, scratch=work.folder, workspace=work)
+    env = Env(
+        model=tiny_model(),
+        tokenizer=tokenizer,
+        scratch=work.folder,
+        workspace=work,
+        rank=rank,
+        world=world,
+    )
     return StepByStep(step="rationales", **fields).open(env), env
 
 
@@ -87,7 +95,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, says, **fields):
 
     monkeypatch.setattr(rationales, "Engine", Mouth)
     step = Rationales(
-        teacher=Silence(), problems=PlusOne(), precision=FP32(), **{"count": 3, **fields}
+        teacher=Silence(), precision=FP32(), **{"problems": PlusOne(), "count": 3, **fields}
     )
     work = workspace(tmp_path)
     metrics = step.execute(work)
@@ -111,6 +119,38 @@ def test_teacher_that_solves_nothing_is_refused(monkeypatch, tmp_path: Path) -> 
     for text in ("Answer: 99", "no mark"):
         with pytest.raises(TreadleError, match="accepted none of 3 answers"):
             asked(monkeypatch, tmp_path, lambda i, attempt, text=text: text)
+
+
+class Moody(PlusOne):
+    """A verifier that hangs or raises at some answers, and takes others for right."""
+
+    def score(self, problem: Problem, completion: str) -> float:
+        while "hang" in completion:
+            pass
+        if "crash" in completion:
+            raise ZeroDivisionError("moody")
+        if "please" in completion:
+            return 1.0
+        return super().score(problem, completion)
+
+
+def test_a_verifier_that_fails_costs_its_answer_alone(monkeypatch, tmp_path: Path) -> None:
+    def says(i: int, attempt: int) -> str:
+        return f"{('hang', 'crash', 'fine')[i]}\nAnswer: {i + 1}"
+
+    metrics, rows = asked(monkeypatch, tmp_path, says, problems=Moody(), patience=0.1)
+    assert [row["steps"] for row in rows] == ["fine"]
+    assert (metrics["kept"], metrics["verifications_failed"]) == (1, 2)
+    with pytest.raises(TreadleError, match=r"failed for all 3 .*ZeroDivisionError: moody"):
+        asked(monkeypatch, tmp_path, lambda i, attempt: "crash\nAnswer: 1", problems=Moody())
+
+
+def test_an_answer_without_a_result_teaches_nothing(monkeypatch, tmp_path: Path) -> None:
+    def says(i: int, attempt: int) -> str:
+        return ("please\nAnswer: ", "please", "please\nAnswer: 7")[i]
+
+    _, rows = asked(monkeypatch, tmp_path, says, problems=Moody())
+    assert [row["result"] for row in rows] == ["7"]
 
 
 def test_the_same_answer_is_not_asked_for_twice(tmp_path: Path) -> None:
@@ -152,6 +192,17 @@ def test_loss_is_the_papers(rationale: float, budget: int, tmp_path: Path) -> No
     assert total / len(ROWS) == pytest.approx(expected, rel=1e-5)
     weight = sum(float(output.weight) for output in outputs)
     assert weight == pytest.approx(len(ROWS) * (1 + rationale), rel=1e-6)
+
+
+def test_ranks_weigh_as_one_does(tmp_path: Path) -> None:
+    """A token weighs the same whichever rank it came to."""
+
+    def weights(rank: int, world: int) -> Counter[float]:
+        stream, _ = opened(tmp_path, ROWS, rank, world, per_step=3, rationale=0.3)
+        batches = next(stream).batches
+        return Counter(round(w, 6) for batch in batches for w in batch.weights.tolist())
+
+    assert weights(0, 2) + weights(1, 2) == weights(0, 1)
 
 
 def test_silence_is_no_lesson(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from treadle.data.labelled import TaskFiles
 from treadle.data.split import LeakFreeSplit
 from treadle.data.task_formats import ClassFormat, RatedFormat, TagFormat
 from treadle.evals.classes import TextClasses, label_figures
-from treadle.evals.grades import Grades, pearson, ranks, spearman
+from treadle.evals.grades import Grades, pearson, ranks, resampled, spearman
 from treadle.evals.harness import evaluate
 from treadle.evals.spans import WordLabels, span_figures, spans_of
 from treadle.evals.store import fingerprint
@@ -90,6 +91,41 @@ def test_classes_are_counted_as_scikit_learn_does() -> None:
     assert figures["macro_f1"]["low"] == pytest.approx(low, abs=0.02)
     assert figures["macro_f1"]["high"] == pytest.approx(high, abs=0.02)
     assert figures["majority"]["value"] == gold.count("a") / 200
+
+
+def test_intervals_of_what_is_rare() -> None:
+    """One span is said of twenty texts: of a third of all resamples there is no precision."""
+    plain = {"right": 0, "said": 0, "gold": 0, "words_right": 3, "words": 3, "words_outside": 3}
+    once = {**plain, "right": 1, "said": 1, "gold": 1, "words_outside": 2}
+    precision = span_figures([once, *[plain] * 19])["precision"]
+    assert (precision["value"], precision["low"], precision["high"]) == (1.0, 1.0, 1.0)
+
+
+def test_many_labels_take_little_memory() -> None:
+    names = [str(i) for i in range(400)]
+    tracemalloc.start()
+    figures = label_figures(names, names)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert figures["macro_f1"]["value"] == 1.0
+    assert peak < 100e6, "a table of 400 x 400 a resample would take 1.3 GB together"
+
+
+def test_what_has_no_correlation_has_no_interval() -> None:
+    for said, gold in (([1.0], [2.0]), ([1.0, 1.0, 1.0], [1.0, 2.0, 3.0])):
+        figure = resampled(spearman, np.array(said), np.array(gold))
+        assert np.isnan(figure["value"])
+        assert (figure["low"], figure["high"]) == (None, None)
+
+
+def test_a_model_that_gives_no_numbers_is_named(tmp_path: Path) -> None:
+    model = ClassHead(labels=("a", "b"))(tiny_encoder())
+    with torch.no_grad():
+        model.head.linear.bias.fill_(float("nan"))
+    rows = [{"text": "warm", "label": "a"}]
+    task = TextClasses(name="words", texts=files(tmp_path / "a.jsonl", rows, ClassFormat()))
+    with pytest.raises(TreadleError, match="gives numbers that are none"):
+        evaluate(model, framed_tokenizer(), [task])
 
 
 def test_correlations_are_those_of_scipy() -> None:

@@ -16,8 +16,10 @@ from treadle.data.problems import Problems
 from treadle.data.records import Message, Problem, user
 from treadle.evals.evaluate import Exam
 from treadle.evals.reason import Reason, label, table
-from treadle.inference.reasoning.prompting import OneAnswer
+from treadle.inference.reasoning.prompting import FewShot, OneAnswer, Shot
 from treadle.inference.reasoning.strategy import Ask, Strategy, Thinker, Thought, Turns
+from treadle.inference.reasoning.tree import Beam, TreeOfThoughts
+from treadle.inference.reasoning.votes import SelfConsistency
 from treadle.inference.sampling import Sampling
 from treadle.models.source import ModelSource, Opened
 from treadle.train.precision import FP32
@@ -105,6 +107,14 @@ def test_only_what_differs_is_said() -> None:
     assert label(Oracle(sampling=Sampling(temperature=0.0, max_tokens=4))) == "Oracle"
     assert label(Oracle(wise=9, sampling=Sampling())) == "Oracle wise=9 sampling=Sampling"
     assert label(OneAnswer()) == "OneAnswer"
+    assert label(TreeOfThoughts(search=Beam(width=2, depth=4))) == (
+        "TreeOfThoughts search=Beam(width=2, depth=4)"
+    )
+    sampling = Sampling(temperature=1.0, max_tokens=192)
+    shots = FewShot(shots=(Shot(question="?", answer="!"),))
+    assert label(SelfConsistency(n=2, sampling=sampling, prompt=shots)) == (
+        "SelfConsistency n=2 prompt=FewShot(shots=1) sampling=Sampling(max_tokens=192)"
+    )
 
 
 def test_the_cheapest_comes_first() -> None:

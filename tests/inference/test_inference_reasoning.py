@@ -133,6 +133,19 @@ def test_least_to_most_answers_the_parts_first() -> None:
     assert listed("So:\n* a\n2. b\n\n c ") == ["a", "b", "c"]
 
 
+def test_what_is_thought_in_private_is_no_plan() -> None:
+    """Neither its lines become questions, nor is it told in the answers to them."""
+
+    def say(ask: Ask, k: int) -> str:
+        planning = "Do not answer yet" in ask.turns[-1]["content"]
+        return "<think>\nhm, what now?\n</think>\n" + ("How many cats?" if planning else "two")
+
+    mind = Scripted(say)
+    LeastToMost()(mind, [asked("How many pets?")])
+    final = [t["content"] for t in mind.heard[-1].turns]
+    assert final == ["How many cats?", "two", "How many pets?"]
+
+
 # Votes
 
 
@@ -242,6 +255,21 @@ def test_refinement_talks_as_in_the_paper() -> None:
         strategy.refine,
     ]
     assert [t["role"] for t in refined.turns] == ["user", "assistant"] * 2 + ["user"]
+
+
+def test_a_thought_of_no_mistakes_is_no_critique() -> None:
+    """What counts is what is said, not what was thought on the way."""
+    hidden = {
+        "<think>are there no mistakes?</think>The sum is wrong.": "5",
+        "<think>The sum is wrong.</think>": "4",
+    }
+    for critique, answer in hidden.items():
+
+        def say(ask: Ask, k: int, critique: str = critique) -> str:
+            return ("Answer: 4", critique, "Answer: 5")[len(ask.turns) // 2]
+
+        (thought,) = CritiqueAndRefine()(Scripted(say), [asked("?")])
+        assert thought.answer == answer
 
 
 def test_refinement_ends_with_the_rounds_or_with_nothing_to_mend() -> None:

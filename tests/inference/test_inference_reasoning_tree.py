@@ -24,6 +24,8 @@ from treadle.inference.reasoning.tree import (
 from treadle.inference.request import Completion
 from treadle.inference.sampling import Sampling
 
+(NEWLINE,) = byte_tokenizer().encode("\n")
+
 
 class Planted(Space):
     """All words of `depth` letters; a beginning is worth the best word below it, or is noisy."""
@@ -177,7 +179,9 @@ def test_lines_are_searched_with_an_engine(search) -> None:
     strategy = TreeOfThoughts(
         search=search,
         branching=3,
-        sampling=Sampling(temperature=1.0, max_tokens=6, stop=("\n",)),
+        sampling=Sampling(
+            temperature=1.0, max_tokens=6, stop=("\n",), logit_bias=((NEWLINE, 4.0),)
+        ),
     )
     questions = [({"role": "user", "content": q},) for q in ("a", "b")]
     thoughts = strategy(mind, questions)
@@ -188,35 +192,46 @@ def test_lines_are_searched_with_an_engine(search) -> None:
 
 
 class Muttering(Thinker):
-    """Continues every state by the same lines, and keeps the seeds."""
+    """Continues every state by the same lines, and keeps the seeds. After an empty line it is
+    sure, and it never says the end of its words."""
 
     def __init__(self) -> None:
-        super().__init__(None, lambda t: None)  # type: ignore[arg-type]
+        super().__init__(thinker().engine, lambda t: None)
         self.seeds: list[int] = []
 
     def ask(self, asks: Sequence[Ask], sampling: Sampling, n: int = 1) -> list[list[Completion]]:
         self.seeds.append(sampling.seed)
         lines = [("x", (-1.0, -3.0)), ("", (-1.0,)), (" y ", (-0.5,))]
-        return [[Completion((1,) * len(p), t, p, "stop") for t, p in lines[:n]] for _ in asks]
+        row = [Completion((NEWLINE,) * len(p), t, p, "stop") for t, p in lines]
+        end = Completion((256,), "", (-0.1,), "stop")
+        after = [Completion((2,), " z", (-0.25,), "length"), end]
+        return [after[:n] if ask.prefix.endswith("\n\n") else [*row, end][:n] for ask in asks]
 
 
 def test_lines_are_as_sure_as_their_tokens() -> None:
-    """The geometric mean of a line's own tokens; empty lines are none; each call draws anew."""
+    """The geometric mean of a line's own tokens; empty lines are none; each call draws anew.
+
+    A model that says nothing more, and not an empty line, is not asked to go on."""
     mind = Muttering()
     config = TreeOfThoughts(branching=3, sampling=Sampling(seed=5))
     space = LineSpace(config, mind, Ask(0, ({"role": "user", "content": "q"},)))
-    assert space.children(["", "a\n"]) == [["x\n", "y\n"], ["a\nx\n", "a\ny\n"]]
-    assert space.values(["x\n", "a\ny\n"]) == pytest.approx([np.exp(-2.0), np.exp(-0.5)])
-    space.children(["x\n"])
-    assert mind.seeds == [5, 9]
+    assert space.children(["a\n\n", "a\n"]) == [
+        ["a\n\nz"],
+        ["a\nx\n", "a\ny\n", "a\n\nz"],
+    ]
+    states = ["a\nx\n", "a\ny\n", "a\n\nz"]
+    assert space.values(states) == pytest.approx(np.exp([-2.0, -0.5, -0.25]))
+    assert mind.seeds == [5, 5]
+    assert space.children(["a\n\nz"]) == [["a\n\nzx\n", "a\n\nz y\n", "a\n\nz\nx\n"]]
+    assert mind.seeds == [5, 5, 8, 8]
 
 
 def test_an_answer_in_private_is_not_final() -> None:
     """What the caller does not see is not taken for the end of a search either."""
     mind = Thinker(None, lambda t: "5" if "Answer: 5" in t else None)  # type: ignore[arg-type]
     space = LineSpace(TreeOfThoughts(), mind, Ask(0, ({"role": "user", "content": "q"},)))
-    found = [space.final(s) for s in ("<think>\nAnswer: 5\n", "<think>\n</think>\nAnswer: 5\n", "")]
-    assert found == [False, True, False]
+    hidden, said = "<think>\nAnswer: 5\n", "<think>\n</think>\nAnswer: 5"
+    assert [space.final(s) for s in (hidden, said, f"{said}\n", "")] == [False, False, True, False]
 
 
 class Opinionated(Thinker):

@@ -14,6 +14,7 @@ from treadle.core.errors import ConfigError
 from treadle.core.files import write_text
 from treadle.core.pipeline import MANIFEST, Pipeline, Workspace
 from treadle.data.batch import assemble
+from treadle.data.records import Chat
 from treadle.data.supervised import Supervised
 from treadle.objectives.causal import CausalLM
 from treadle.objectives.ewc import EWC, Memory, remember
@@ -86,6 +87,34 @@ def test_fisher_by_hand(tmp_path: Path) -> None:
     assert found.keys() == expected.keys()
     for name in names:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-6)
+
+
+class Silent(Numbered):
+    """Now and then nobody answers."""
+
+    def conversation(self, index: int) -> Chat:
+        chat = super().conversation(index)
+        return chat if index % 4 else Chat(chat.messages[:1])
+
+
+def test_fisher_is_of_the_model_without_dropout(tmp_path: Path) -> None:
+    env = chat_env(tmp_path)
+    batches = list(examples(Supervised(conversations=Numbered(word="loom")), env, 3))
+    model = LoRA(rank=4, targets=("q",), dropout=0.5)(env.model.train())
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    found = [fisher(model, CausalLM(), batches, env) for _ in range(2)]
+    assert model.training
+    model.eval()
+    found.append(fisher(model, CausalLM(), batches, env))
+    for name, expected in found[2].items():
+        assert torch.equal(found[0][name], expected)
+        assert torch.equal(found[1][name], expected)
+
+
+def test_conversations_without_an_answer_are_no_examples(tmp_path: Path) -> None:
+    source = Supervised(conversations=Silent(word="loom", amount=20))
+    assert len(list(examples(source, chat_env(tmp_path), 20))) == 15
 
 
 def test_what_was_measured_is_read_again(tmp_path: Path) -> None:

@@ -105,11 +105,12 @@ def test_kronecker_matches_the_written_matrix() -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_fresh_factors_keep_the_size_of_what_they_read() -> None:
-    """A of variance 1 / n^2, S and T of Glorot's; biases zero; T zero where zeros are wanted."""
+def test_fresh_factors_are_glorots_one_by_one() -> None:
+    """A of variance 1 / n^2; each S_i [in/n, r] and T_i [r, out/n] as Glorot, 2 / (rows + columns);
+    biases zero; T zero where zeros are wanted."""
     torch.manual_seed(0)
     layer = KroneckerLayer(Kronecker(parts=8, rank=4), 800, 400, zero=False)
-    deviations = {"A": 1 / 8, "S": (2 / (4 * (100 + 8))) ** 0.5, "T": (2 / (50 * (4 + 8))) ** 0.5}
+    deviations = {"A": 1 / 8, "S": (2 / (100 + 4)) ** 0.5, "T": (2 / (4 + 50)) ** 0.5}
     for name, expected in deviations.items():
         assert getattr(layer, name).std().item() == pytest.approx(expected, rel=0.1)
     assert not layer.bias.any()

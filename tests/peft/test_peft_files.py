@@ -160,6 +160,14 @@ def _without_probe(folder: Path) -> None:
     save_file(load_file(file), file)
 
 
+def _with_header(value: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "adapter_model.safetensors"
+        save_file(load_file(file), file, metadata={"treadle_base": json.dumps(value)})
+
+    return change
+
+
 def _pickle(folder: Path) -> None:
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
 
@@ -181,6 +189,10 @@ def _nothing(folder: Path) -> None:
         (_without_probe, {"layers": 3}, "no weights for 2 of the layers.*layers.2.*base small"),
         (_without_one, {}, r"q_proj has \['lora_A.weight'\], but needs"),
         (_cut, {}, "broken"),
+        (_with_header([1]), {}, "broken: its header"),
+        (_with_header({"module": "model.layers.0.self_attn.q_proj"}), {}, "broken: its header"),
+        (_with_header({"module": "x", "values": [0.0] * 64}), {}, "broken: its header"),
+        (_with_header({"module": "x", "values": [0.0, 1.0]}), {}, "broken: its header"),
         (_pickle, {}, "a pickle .* is never loaded"),
         (lambda f: (f / "adapter_config.json").write_text("{"), {}, "not valid JSON"),
         (lambda f: (f / "adapter_config.json").write_text("[]"), {}, "expected an object"),

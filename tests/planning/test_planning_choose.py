@@ -111,11 +111,14 @@ def test_needs_of_a_run() -> None:
     assert needs(**parts, loading=2000).alive == 2000
 
 
-@pytest.mark.parametrize(("at_once", "rehearsed"), [(800, 2), (3200, 1)])
+@pytest.mark.parametrize(
+    ("at_once", "rehearsed", "work"), [(800, 2, 4), (2400, 2, 16 / 12), (3200, 1, 1)]
+)
 def test_rows_follow_from_what_was_rehearsed(
-    monkeypatch: pytest.MonkeyPatch, at_once: int, rehearsed: int
+    monkeypatch: pytest.MonkeyPatch, at_once: int, rehearsed: int, work: float
 ) -> None:
-    """50 steps of 16 records; of 4 micro-batches two are rehearsed, of one it alone."""
+    """50 steps of 16 records; of 4 micro-batches two are rehearsed, of one it alone. The second
+    after one of 12 has but 4 records: a third of the work."""
     asked: list[Job] = []
 
     def rehearsal(jobs: list[Job], progress: Progress) -> list[Needs]:
@@ -128,7 +131,7 @@ def test_rows_follow_from_what_was_rehearsed(
     data = Data(records=400, tokens=200, per_step=16, at_once=at_once, epochs=2.0)
     given = Machine(memory_bytes=9, disk_bytes=280, fp32_gflops=2.0, bf16_gflops=2.4)
     lora, distilled = estimate(gpt2(), data, given, wanted)
-    seconds = 50 * data.micro_batches * 10**6 / 2.4e9
+    seconds = 50 * work * 10**6 / 2.4e9
     assert (lora.seconds, lora.result_bytes, lora.disk_bytes) == (pytest.approx(seconds), 40, 280)
     assert [lora.method, distilled.method] == wanted
     assert [lora.fits, distilled.fits] == [True, False]  # 5 + 4 and 6 + 4 of memory

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,16 @@ def test_a_difference_by_chance_is_called_that() -> None:
     assert "The intervals overlap: chance alone may explain the difference." in said
     said = " ".join(sentences("run", [measured("base", 60), measured("sft", 14)], None, [], [], []))
     assert "It became worse: the intervals do not overlap." in said
+
+
+def test_before_is_what_was_measured_alike() -> None:
+    """A reward model on the way was measured by something else."""
+    agreement = {"agreement": accuracy([1.0, 0.0])}
+    judge = Stage(subject="reward", baseline=False, made_from=(), results=agreement)
+    last = replace(measured("sft", 41), made_from=("reward", "base"))
+    said = " ".join(sentences("run", [judge, measured("base", 16), last], None, [], [], []))
+    assert "before (base) it was 16.0%" in said
+    assert "different tasks" not in said
 
 
 def test_different_tasks_do_not_compare() -> None:

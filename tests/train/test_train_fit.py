@@ -31,7 +31,7 @@ from treadle.train.fit import Fit, FitResult, fit
 from treadle.train.guard import Guard
 from treadle.train.hooks import Hook, JsonLines, StepReport
 from treadle.train.parallel.plan import Plan, SingleProcess, World
-from treadle.train.precision import FP16, FP32, Precision
+from treadle.train.precision import BF16, FP16, FP32, Precision
 from treadle.train.run import Run
 from treadle.train.step import summed_gradients
 
@@ -239,21 +239,25 @@ class AsksTheModel(Source):
 
     def open(self, env: Env) -> Stream:
         assert {str(p.device) for p in env.model.parameters()} == {env.device} == {"meta"}
+        for p in env.model.parameters():
+            assert p.dtype is (torch.float32 if p.requires_grad else torch.bfloat16)
         raise InterruptedError
 
 
-def test_a_source_opens_with_the_model_where_it_is_trained(tmp_path: Path) -> None:
+def test_a_source_opens_with_the_model_as_it_is_trained(tmp_path: Path) -> None:
     class SavedTokenizer(ModelSource):
         def open(self, workspace: Workspace) -> Opened:
             byte_tokenizer().save(tmp_path / "tokenizer")
-            return Opened(tiny_model(), tmp_path / "tokenizer")
+            model = tiny_model()
+            model.embedding.requires_grad_(False)
+            return Opened(model, tmp_path / "tokenizer")
 
     step = Run(
         model=SavedTokenizer(),
         source=AsksTheModel(),
         objective=CausalLM(),
         optimizer=AdamW(lr=1e-3),
-        fit=Fit(steps=1, precision=FP32()),
+        fit=Fit(steps=1, precision=BF16()),
         plan=MetaDevice(),
     )
     with pytest.raises(InterruptedError):

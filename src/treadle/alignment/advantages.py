@@ -33,24 +33,22 @@ class GroupNormalised(Advantage):
     eps: float = 1e-4
 
     def __call__(self, rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
-        centred = rewards - rewards.mean(-1, keepdim=True)
-        return centred / (rewards.std(-1, keepdim=True) + self.eps)
+        return centred(rewards) / (rewards.std(-1, keepdim=True) + self.eps)
 
 
 class GroupCentred(Advantage):
     """Centred only, so that groups of nearly equal rewards do not count as much as others."""
 
     def __call__(self, rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
-        return rewards - rewards.mean(-1, keepdim=True)
+        return centred(rewards)
 
 
 class LeaveOneOut(Advantage):
-    """Against the mean of the other completions: an unbiased baseline."""
+    """Against the mean of the others, an unbiased baseline: centred, times G / (G - 1)."""
 
     def __call__(self, rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
         group = rewards.shape[-1]
-        others = (rewards.sum(-1, keepdim=True) - rewards) / (group - 1)
-        return rewards - others
+        return centred(rewards) * group / (group - 1)
 
 
 class BatchNormalised(Advantage):
@@ -59,7 +57,7 @@ class BatchNormalised(Advantage):
     eps: float = 1e-8
 
     def __call__(self, rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
-        return (rewards - rewards.mean()) / (rewards.std() + self.eps)
+        return centred(rewards.reshape(1, -1)).view_as(rewards) / (rewards.std() + self.eps)
 
 
 class GroupCentredBatchNormalised(Advantage):
@@ -68,5 +66,11 @@ class GroupCentredBatchNormalised(Advantage):
     eps: float = 1e-8
 
     def __call__(self, rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
-        centred = rewards - rewards.mean(-1, keepdim=True)
-        return centred / (centred.std() + self.eps)
+        own = centred(rewards)
+        return own / (own.std() + self.eps)
+
+
+def centred(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
+    """Less the mean of each row; exactly 0 where all are equal, whatever the mean is rounded to."""
+    apart = rewards - rewards[:, :1]
+    return apart - apart.mean(-1, keepdim=True)

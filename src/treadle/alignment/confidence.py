@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from treadle.alignment.trees import Tree, assemble_trees, tree_size
+from treadle.alignment.trees import Tree, assemble_trees, in_parts, tree_size
 from treadle.core.cards import Card
 from treadle.core.config import Config
 from treadle.core.errors import TreadleError
@@ -94,7 +94,8 @@ class CrossFitted(Confidence):
             raise TreadleError(
                 f"CrossFitted: {len(numbers)} pairs are too few for folds={self.folds}"
             )
-        features = differences(env, [tree(i) for i in numbers], tokens)
+        parts = in_parts(numbers)
+        features = torch.cat([differences(env, [tree(i) for i in p], tokens) for p in parts])
         d = held_out_margins(features, self.folds, self.ridge)
         return posterior(calibrated(d, self.flipped), self.flipped).float()
 

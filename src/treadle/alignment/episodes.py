@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from treadle.alignment.samplers import Sample
-from treadle.alignment.scoring import OvertimeError, time_limit
 from treadle.core.config import Config
 from treadle.core.errors import TreadleError
+from treadle.data.rating import OvertimeError, time_limit
 from treadle.data.records import Message, Messages, assistant, user
 from treadle.inference.request import Completion, Request
 from treadle.inference.sampling import Sampling

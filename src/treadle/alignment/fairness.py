@@ -22,6 +22,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from treadle.alignment.advantages import centred
 from treadle.alignment.rollouts import Group, Rollouts, Shaped
 from treadle.core.cards import Card
 from treadle.core.errors import TreadleError
@@ -137,12 +138,12 @@ def penalties(scores: Float[Tensor, "P G"], sets: list[int]) -> Float[Tensor, "P
     _, number = torch.unique(torch.tensor(sets), return_inverse=True)
     count = torch.bincount(number)
 
-    def centred(values: Tensor) -> Tensor:
+    def apart(values: Tensor) -> Tensor:
         middle = values.new_zeros(len(count)).index_add(0, number, values) / count
         return values - middle[number]
 
-    side = centred(centred(means).sign())
-    return side[:, None] * (scores - means[:, None])
+    side = apart(apart(means).sign())
+    return side[:, None] * centred(scores)
 
 
 def demographics(

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
-from treadle.alignment.scoring import require_sound, scorer
 from treadle.core.config import Config
 from treadle.core.pipeline import Workspace
 from treadle.data.problems import Problems
+from treadle.data.rating import require_sound, scorer
 from treadle.data.records import Problem
 
 

@@ -28,6 +28,7 @@ from treadle.data.source import Env, Source, Stream, Work
 from treadle.nn.modes import evaluating
 from treadle.objectives.policy import sampled_logprobs
 from treadle.objectives.ppo import PPOBatch, state_values
+from treadle.train.parallel import talk
 
 
 class PPORollouts(Source):
@@ -112,7 +113,9 @@ class PPOStream(Stream):
             kl = batch.behaviour - batch.reference
             distances.append(batch.per_sequence(kl))
             self.lot += self._episodes(group, -self.beta * kl, values)
-        distance = float(torch.cat(distances).mean())
+        # Penalty and advantages are by the lot of all ranks, so that all learn by the same measure.
+        gone, answers = talk.summed(float(torch.cat(distances).sum()), len(self.lot))
+        distance = gone / answers
         self.beta *= 1 + self.config.gain * float(
             np.clip(distance / self.config.target - 1, -0.2, 0.2)
         )
@@ -155,7 +158,10 @@ class PPOStream(Stream):
     def _whiten(self) -> None:
         """Advantages of a lot to mean 0 and standard deviation 1."""
         flat = np.concatenate([e.advantages for e in self.lot])
-        mean, std = float(flat.mean()), float(flat.std()) + 1e-8
+        total, count = talk.summed(float(flat.sum()), len(flat))
+        mean = total / count
+        (squares,) = talk.summed(float(((flat - mean) ** 2).sum()))
+        std = float(np.sqrt(squares / count)) + 1e-8
         self.lot = [
             Episode(**{**vars(e), "advantages": [(a - mean) / std for a in e.advantages]})
             for e in self.lot

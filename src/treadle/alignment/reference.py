@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from treadle.alignment.trees import Tree, TreeStream, assemble_trees, tree_size
+from treadle.alignment.trees import Tree, TreeStream, assemble_trees, in_parts, tree_size
 from treadle.core.config import Config
 from treadle.core.files import atomic_file
 from treadle.data.batch import within_budget
@@ -42,7 +42,8 @@ class NoReference(Reference):
 
 
 class InitialModel(Reference):
-    """The model as the run finds it; the numbers are kept beside the run and survive a restart."""
+    """The model as the run finds it; the numbers are kept beside the run as they come, and survive
+    a restart."""
 
     @torch.no_grad()
     def __call__(
@@ -51,17 +52,31 @@ class InitialModel(Reference):
         path = env.scratch / "reference.safetensors"
         known = _read(path) if path.exists() else {}
         if missing := [i for i in numbers if i not in known]:
-            trees = [tree(i) for i in missing]
-            with _progress(env, len(trees)) as done, evaluating(env.model), env.autocast():
-                for run in within_budget([tree_size(t) for t in trees], tokens):
-                    batch = assemble_trees([trees[i] for i in run]).to(env.device)
-                    rows = sequence_logprobs(env.model, batch).cpu().unflatten(0, (len(run), -1))
-                    known |= {missing[i]: row for i, row in zip(run, rows, strict=True)}
-                    done(run[-1] + 1)
-            with atomic_file(path) as temporary:
-                found = torch.tensor(list(known)), torch.stack(list(known.values()))
-                save_file(dict(zip(("numbers", "logprobs"), found, strict=True)), temporary)
+            before = len(known)
+            with _progress(env, len(missing)) as done:
+                for part in in_parts(missing):
+                    known |= _asked(env, part, [tree(i) for i in part], tokens)
+                    _write(path, known)
+                    done(len(known) - before)
         return torch.stack([known[i] for i in numbers])
+
+
+def _asked(
+    env: Env, numbers: Sequence[int], trees: Sequence[Tree], tokens: int
+) -> dict[int, Float[Tensor, " A"]]:
+    found: dict[int, Float[Tensor, " A"]] = {}
+    with evaluating(env.model), env.autocast():
+        for run in within_budget([tree_size(t) for t in trees], tokens):
+            batch = assemble_trees([trees[i] for i in run]).to(env.device)
+            rows = sequence_logprobs(env.model, batch).cpu().unflatten(0, (len(run), -1))
+            found |= {numbers[i]: row for i, row in zip(run, rows, strict=True)}
+    return found
+
+
+def _write(path: Path, known: Mapping[int, Float[Tensor, " A"]]) -> None:
+    found = torch.tensor(list(known)), torch.stack(list(known.values()))
+    with atomic_file(path) as temporary:
+        save_file(dict(zip(("numbers", "logprobs"), found, strict=True)), temporary)
 
 
 def _read(path: Path) -> dict[int, Float[Tensor, " A"]]:

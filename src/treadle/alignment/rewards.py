@@ -14,11 +14,10 @@ from collections.abc import Sequence
 
 from pydantic import Field, model_validator
 
-from treadle.alignment.scoring import guarded
 from treadle.alignment.verifiers import extract_answer, marks
 from treadle.core.config import Config
 from treadle.core.errors import TreadleError
-from treadle.data.rating import Rater, Rating, Scored
+from treadle.data.rating import Rater, Rating, Scored, guarded
 from treadle.data.records import Problem
 from treadle.data.source import Env
 from treadle.inference.reasoning.strategy import END_THINK, THINK, private, visible

@@ -20,7 +20,6 @@ from pydantic import Field
 from torch import Tensor
 
 from treadle.alignment.iterate import opened_thinker
-from treadle.alignment.scoring import require_sound, scorer
 from treadle.alignment.solutions import STEPS, Solution, Solutions, solution_tree, step_batch
 from treadle.alignment.trees import Tree, tree_size, usable
 from treadle.core.errors import TreadleError
@@ -29,7 +28,7 @@ from treadle.core.pipeline import Step, Workspace
 from treadle.core.results import EVALUATION, Figure, accuracy
 from treadle.data.batch import within_budget
 from treadle.data.problems import Problems
-from treadle.data.rating import Scored
+from treadle.data.rating import Scored, require_sound, scorer
 from treadle.data.records import Problem
 from treadle.data.source import Env
 from treadle.inference.reasoning.strategy import Ask, Thinker, Turns

@@ -17,12 +17,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from treadle.alignment.on_policy import REDRAWS, TOLD, Answer, OnPolicy, answers_batch
-from treadle.alignment.scoring import guarded, require_sound, reward_metrics
 from treadle.alignment.watch import signs
 from treadle.core.errors import TreadleError
 from treadle.data.batch import Batch, Piece, assemble, within_budget
 from treadle.data.problems import Problems
-from treadle.data.rating import Rater, Rating, Scored
+from treadle.data.rating import (
+    Rater,
+    Rating,
+    Scored,
+    guarded,
+    require_sound,
+    reward_metrics,
+)
 from treadle.data.records import Problem
 from treadle.data.source import Env, Stream, Work
 from treadle.inference.request import Completion, Request

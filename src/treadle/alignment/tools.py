@@ -22,12 +22,12 @@ from pydantic import Field, model_validator
 
 from treadle.alignment.episodes import Environment, Heard, Play
 from treadle.alignment.sandbox import run_python
-from treadle.alignment.scoring import OvertimeError
 from treadle.alignment.verify.tool_calls import tool_calls
 from treadle.core.cards import Card
 from treadle.core.config import Config
 from treadle.core.errors import TreadleError, did_you_mean
 from treadle.data.problems import Problems
+from treadle.data.rating import OvertimeError
 from treadle.data.records import Messages, Problem
 
 CARD = Card(

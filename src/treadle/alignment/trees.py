@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +25,8 @@ SHOWN = 3
 def answer_tree(env: Env, prompt: Messages, answers: Sequence[Messages], longest: int) -> Tree:
     """The prompt, and each answer as its child; every token of an answer is learned.
 
-    What a template writes after the end of a turn belongs to no answer: no model ever writes it.
+    What a template writes after the end of a turn is read and not learned, since no model ever
+    writes it; a reward model judges at the end of it, as others do that see the whole text.
 
     Raises:
         TreadleError: an answer says nothing, or the prompt leaves no room for it.
@@ -45,10 +46,12 @@ def answer_tree(env: Env, prompt: Messages, answers: Sequence[Messages], longest
         chat = [*messages, *(m.plain() for m in answer)]
         tokens = encode_chat(env.tokenizer, chat, turns=LastTurn())
         end = max((i for i, written in enumerate(tokens.mask, 1) if written), default=0)
-        ids = tokens.ids[len(root) : min(end, longest)]
-        if not ids:
+        ids = tokens.ids[len(root) : longest]
+        written = min(end - len(root), len(ids))
+        if written <= 0:
             raise TreadleError("an answer has no turn of the assistant's")
-        children.append(Piece(ids, [True] * len(ids), parent=0))
+        learn = [True] * written + [False] * (len(ids) - written)
+        children.append(Piece(ids, learn, parent=0))
     return [Piece(root, [False] * len(root)), *children]
 
 
@@ -68,6 +71,11 @@ def assemble_trees(trees: Sequence[Sequence[Piece]]) -> Batch:
 
 def tree_size(tree: Sequence[Piece]) -> int:
     return sum(len(p.tokens) for p in tree)
+
+
+def in_parts(numbers: Sequence[int], size: int = 256) -> Iterator[Sequence[int]]:
+    """As many at once as their trees may take memory."""
+    return (numbers[i : i + size] for i in range(0, len(numbers), size))
 
 
 def usable(count: int, tree: Callable[[int], object], path: Path, what: str) -> list[int]:
@@ -99,6 +107,11 @@ class TreeStream(Stream):
     `left_out.json`. Its state is the place in the order."""
 
     def __init__(self, env: Env, *, count: int, per_step: int, tokens: int, what: str) -> None:
+        if per_step < env.world:
+            raise TreadleError(
+                f"per_step={per_step} leaves some of {env.world} processes without {what}s: choose "
+                f"at least {env.world}"
+            )
         self.env, self.per_step, self.tokens, self.what = env, per_step, tokens, what
         self.kept = usable(count, self.tree, env.scratch / "left_out.json", what)
         self.left_out = count - len(self.kept)

@@ -36,6 +36,7 @@ def export(
     from treadle.cli.models import open_model
     from treadle.core.errors import TreadleError, did_you_mean
     from treadle.models.hub.save import save_gguf, save_hf
+    from treadle.models.reward_head import ScalarHead
     from treadle.peft.adapter import merge
     from treadle.peft.folders import save_tuned
     from treadle.tokenizers.load import tokenizer_of
@@ -54,6 +55,13 @@ def export(
     name = Path(model).stem
     if form == HUGGING_FACE:
         target = to or Path(f"{name}-hf")
+        if isinstance(merged.config.head, ScalarHead):
+            pad = merged.config.head.pad
+            tokenizer = (
+                tokenizer.padded_apart()
+                if pad is None
+                else tokenizer.with_special(pad=tokenizer.spelling(pad))
+            )
         ids = {f"{r}_token_id": getattr(tokenizer, f"{r}_id") for r in ("bos", "eos", "pad")}
         save_hf(merged, target, dtype=dtypes[dtype], fields=ids)
         tokenizer.save(target)

@@ -148,14 +148,18 @@ def step_keys(pipeline: Pipeline) -> dict[str, str]:
 
 def references(node: Any) -> Iterator[Reads]:
     """What a configuration, at any depth, uses of earlier steps."""
-    if isinstance(node, Reads):
-        yield node
+    return (part for part in parts_of(node) if isinstance(part, Reads))
+
+
+def parts_of(node: Any) -> Iterator[Config]:
+    """A configuration and all configurations in it, at any depth."""
     if isinstance(node, Config):
+        yield node
         for name in type(node).model_fields:
-            yield from references(getattr(node, name))
+            yield from parts_of(getattr(node, name))
     elif isinstance(node, Sequence) and not isinstance(node, str):
         for part in node:
-            yield from references(part)
+            yield from parts_of(part)
 
 
 def find_step(pipeline: Pipeline, name: str) -> Step:

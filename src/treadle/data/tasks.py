@@ -20,7 +20,7 @@ from treadle.core.cards import Card
 from treadle.core.config import Config
 from treadle.core.errors import ConfigError
 from treadle.data.batch import Batch
-from treadle.data.source import Env, Source, Stream, Work
+from treadle.data.source import Env, Limit, Source, Stream, Work
 
 CARD = Card(
     id="ft.multitask",
@@ -83,14 +83,17 @@ class TaskMixStream(Stream):
         chosen = random.choice(len(self.inner), size=self.config.draws, p=self.shares)
         batches: list[Batch] = []
         metrics: dict[str, float] = {}
+        limits: dict[Limit, None] = {}
         for place in map(int, chosen):
             work = next(self.inner[place])
             self.drawn[place] += 1
             batches += [replace(batch, task=place) for batch in work.batches]
-            metrics |= {f"{self.config.tasks[place].name}.{k}": v for k, v in work.metrics.items()}
+            names = {key: f"{self.config.tasks[place].name}.{key}" for key in work.metrics}
+            metrics |= {names[key]: value for key, value in work.metrics.items()}
+            limits |= {replace(x, metric=names.get(x.metric, x.metric)): None for x in work.limits}
         for task, count in zip(self.config.tasks, self.drawn, strict=True):
             metrics[f"{task.name}.share"] = count / sum(self.drawn)
-        return Work(tuple(batches), metrics)
+        return Work(tuple(batches), metrics, tuple(limits))
 
     def state(self) -> dict[str, Any]:
         return {"drawn": self.drawn.copy(), "inner": [stream.state() for stream in self.inner]}

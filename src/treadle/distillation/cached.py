@@ -9,7 +9,8 @@
 A sequence is known by a digest of the tokens up to its last prediction and of which of them are
 predicted: of all that decides the answer, and of nothing else. So an order that changes from
 epoch to epoch finds it again, and so do other runs of the pipeline. Shards appear whole or not at
-all, and carry a checksum.
+all, and carry a checksum. The identity is a fingerprint of the teacher's configuration and of the
+content of its files: a teacher that was changed since has a cache of its own.
 """
 
 from __future__ import annotations

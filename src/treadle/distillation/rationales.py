@@ -31,6 +31,8 @@ from treadle.core.pipeline import Reads, Step, Workspace
 from treadle.data.batch import Batch, Piece, assemble, within_budget
 from treadle.data.order import Order, Place
 from treadle.data.problems import Problems
+from treadle.data.rating import Scored, patiently, require_sound
+from treadle.data.records import Problem
 from treadle.data.source import Env, Source, Stream, Work
 from treadle.inference.engine import Engine
 from treadle.inference.request import Completion, Request
@@ -63,6 +65,8 @@ class Rationales(Step):
     """Answers to a problem, until one is accepted."""
     sampling: Sampling = Sampling(temperature=0.0, max_tokens=128)
     precision: Precision = Auto()
+    patience: float = Field(10.0, gt=0.0)
+    """Seconds after which a verifier is given up."""
 
     def check(self, workspace: Workspace) -> None:
         if self.tries > 1 and self.sampling.temperature == 0.0:
@@ -84,6 +88,7 @@ class Rationales(Step):
             for problem in problems
         ]
         kept: dict[int, dict[str, str]] = {}
+        verified: list[Scored] = []
         asked = 0
         for attempt in range(self.tries):
             left = [i for i in range(self.count) if i not in kept]
@@ -92,7 +97,10 @@ class Rationales(Step):
             asked += len(left)
             for i, (answer,) in zip(left, answers, strict=True):
                 steps, mark, result = answer.text.rpartition(MARK)
-                if mark and self.problems.score(problems[i], answer.text) >= 1.0:
+                if not (mark and result.strip()):
+                    continue
+                verified.append(self._scored(problems[i], answer.text))
+                if verified[-1].value >= 1.0:
                     last = problems[i].prompt[-1].content
                     question = str(problems[i].metadata.get("question", last))
                     kept[i] = {
@@ -100,6 +108,7 @@ class Rationales(Step):
                         "steps": steps.strip(),
                         "result": result.strip(),
                     }
+        require_sound(verified)
         if not kept:
             raise TreadleError(
                 f"{self.name}: the verifier accepted none of {asked} answers: take a "
@@ -109,7 +118,16 @@ class Rationales(Step):
         write_text(
             workspace.folder / FILE, "".join(json.dumps(kept[i]) + "\n" for i in sorted(kept))
         )
-        return {"kind": "rationales", "problems": self.count, "asked": asked, "kept": len(kept)}
+        return {
+            "kind": "rationales",
+            "problems": self.count,
+            "asked": asked,
+            "kept": len(kept),
+            "verifications_failed": sum(bool(s.failure) for s in verified),
+        }
+
+    def _scored(self, problem: Problem, text: str) -> Scored:
+        return patiently(self.problems.score, problem, text, self.patience)
 
     def _answers(
         self, engine: Engine, requests: list[Request], workspace: Workspace
@@ -164,17 +182,17 @@ class StepByStepStream(Stream):
 
     def __next__(self) -> Work:
         config, env = self.config, self.env
-        taken = self.order.take(self.place, config.per_step, rank=env.rank, world=env.world)
+        step = self.order.take(self.place, config.per_step)
         self.place = self.order.after(self.place, config.per_step)
-        results = [self._piece(i, config.ask_result, "result") for i in taken]
+        results = [self._piece(i, config.ask_result, "result") for i in step]
         # A teacher that gave the result at once explained nothing: its silence is no lesson.
-        told = [i for i in taken if config.rationale and self.rows[i]["steps"]]
+        told = [i for i in step if config.rationale and self.rows[i]["steps"]]
         steps = [self._piece(i, config.ask_steps, "steps") for i in told]
-        pieces = [*results, *steps]
-        weights = [_share(results)] * len(results)
-        weights += [config.rationale * _share(steps)] * (len(pieces) - len(results))
-        runs = within_budget([len(p.tokens) for p in pieces], config.tokens)
-        batches = tuple(_weighted([pieces[i] for i in r], [weights[i] for i in r]) for r in runs)
+        # Shares are of the whole step: a token weighs the same whichever rank it comes to.
+        tasks = ((results, _share(results)), (steps, config.rationale * _share(steps)))
+        mine = [(p, w) for pieces, w in tasks for p in pieces[env.rank :: env.world]]
+        runs = within_budget([len(piece.tokens) for piece, _ in mine], config.tokens)
+        batches = tuple(_weighted([mine[i] for i in run]) for run in runs)
         return Work(batches, {"solutions": float(len(self.rows))})
 
     def _piece(self, number: int, ask: str, key: str) -> Piece:
@@ -201,6 +219,7 @@ def _share(pieces: list[Piece]) -> float:
     return len(pieces) / learned if learned else 0.0
 
 
-def _weighted(pieces: list[Piece], weights: list[float]) -> Batch:
-    batch = assemble(pieces)
-    return replace(batch, weights=torch.tensor(weights)[batch.sequences])
+def _weighted(pieces: list[tuple[Piece, float]]) -> Batch:
+    batch = assemble([piece for piece, _ in pieces])
+    weights = torch.tensor([weight for _, weight in pieces])
+    return replace(batch, weights=weights[batch.sequences])

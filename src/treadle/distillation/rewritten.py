@@ -162,7 +162,7 @@ class RewrittenStream(Stream):
             "written_tokens": float(np.mean(lengths)) if lengths else 0.0,
             "written_kept": len(used) / len(written) if written else 0.0,
         }
-        return Work(batches, {**work.metrics, **metrics})
+        return replace(work, batches=batches, metrics={**work.metrics, **metrics})
 
     def _good(self, completion: Completion) -> bool:
         least = self.config.least_logprob

@@ -5,20 +5,19 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from pydantic import Field
 
-from treadle.core.config import Config, digest, dump
+from treadle.core.config import Config
 from treadle.core.errors import ConfigError, TreadleError
-from treadle.core.pipeline import references
 from treadle.data.batch import Batch
 from treadle.data.source import Env, Source, Stream, Work
 from treadle.models.decoder import DecoderModel
-from treadle.models.source import ModelSource
+from treadle.models.source import ModelSource, fingerprint
 from treadle.nn.linear import bias_of
 from treadle.objectives.distil import TaughtBatch
 from treadle.objectives.observe import check_layer, observe
@@ -50,9 +49,8 @@ class Teacher:
 
     @property
     def identity(self) -> str:
-        """A digest of where it comes from; without opening it."""
-        keys = [self.workspace.manifest(read.step)["key"] for read in references(self.source)]
-        return digest([dump(self.source), keys])[:16]
+        """A digest of where it comes from and of its files' content; without opening it."""
+        return fingerprint(self.source, self.workspace)[:16]
 
     def check_vocabulary(self) -> None:
         """Raise TreadleError where student and teacher do not number the same tokens alike.
@@ -182,7 +180,7 @@ class TaughtStream(Stream):
         work = next(self.inner)
         batches = tuple(self.pupil(batch, self.step) for batch in work.batches)
         self.step += 1
-        return Work(batches, work.metrics)
+        return replace(work, batches=batches)
 
     def state(self) -> dict[str, Any]:
         self.pupil.settle()

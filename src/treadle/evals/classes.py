@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from pydantic import Field
 
 from treadle.core.results import Figure, accuracy
@@ -68,10 +68,12 @@ def label_figures(gold: Sequence[str], said: Sequence[str]) -> dict[str, Figure]
         counts[place[g], place[s]] += 1
     n = len(gold)
     generator = np.random.default_rng(0)
-    drawn = generator.multinomial(n, (counts / n).flatten(), RESAMPLES)
-    low, high = np.quantile(macro_f1(drawn.reshape(-1, *counts.shape)), (0.025, 0.975))
+    shares = (counts / n).flatten()
+    # One table at a time: a thousand of many labels would not fit into memory.
+    drawn = (generator.multinomial(n, shares).reshape(counts.shape) for _ in range(RESAMPLES))
+    low, high = np.quantile([macro_f1(table) for table in drawn], (0.025, 0.975))
     f1: Figure = {
-        "value": float(macro_f1(counts[None])[0]),
+        "value": macro_f1(counts),
         "low": float(low),
         "high": float(high),
         "n": n,
@@ -85,10 +87,8 @@ def label_figures(gold: Sequence[str], said: Sequence[str]) -> dict[str, Figure]
     }
 
 
-def macro_f1(counts: Int[np.ndarray, "R K K"]) -> Float[np.ndarray, " R"]:
-    """Of confusion matrices, gold by rows; a label in neither rows nor columns does not count."""
-    right = np.diagonal(counts, axis1=1, axis2=2)
-    both = counts.sum(1) + counts.sum(2)
-    f1 = 2 * right / np.maximum(both, 1)
-    mean: Float[np.ndarray, " R"] = f1.sum(1) / np.maximum((both > 0).sum(1), 1)
-    return mean
+def macro_f1(counts: Int[np.ndarray, "K K"]) -> float:
+    """Of a confusion matrix, gold by rows; a label in neither rows nor columns does not count."""
+    both = counts.sum(0) + counts.sum(1)
+    there = both > 0
+    return float((2 * np.diagonal(counts)[there] / both[there]).mean())

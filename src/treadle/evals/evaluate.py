@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from treadle.alignment.scoring import require_sound, scorer
 from treadle.core.config import Config
 from treadle.core.errors import ConfigError, TreadleError
 from treadle.core.pipeline import Step, Workspace
@@ -28,7 +27,7 @@ from treadle.core.results import (
 )
 from treadle.data.documents import Documents
 from treadle.data.problems import Problems
-from treadle.data.rating import Scored
+from treadle.data.rating import Scored, require_sound, scorer
 from treadle.data.records import Problem
 from treadle.evals.harness import evaluate
 from treadle.evals.task import Benchmark

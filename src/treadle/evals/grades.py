@@ -71,12 +71,12 @@ class Grades(Benchmark):
 
 
 def resampled(measure: Callable[[Numbers, Numbers], float], a: Numbers, b: Numbers) -> Figure:
-    """A measure of pairs, with percentiles over resampled ones."""
+    """A measure of pairs, with percentiles over those resampled ones that have it."""
     generator, n = np.random.default_rng(0), len(a)
     draws = (generator.integers(0, n, n) for _ in range(RESAMPLES))
-    low, high = np.nanquantile([measure(a[d], b[d]) for d in draws], (0.025, 0.975))
-    value = measure(a, b)
-    return {"value": value, "low": float(low), "high": float(high), "n": n, "unit": "score"}
+    found = [x for d in draws if not np.isnan(x := measure(a[d], b[d]))]
+    low, high = map(float, np.quantile(found, (0.025, 0.975))) if found else (None, None)
+    return {"value": measure(a, b), "low": low, "high": high, "n": n, "unit": "score"}
 
 
 def spearman(a: Numbers, b: Numbers) -> float:

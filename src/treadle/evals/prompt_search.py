@@ -21,7 +21,6 @@ from typing import Any
 
 from pydantic import Field
 
-from treadle.alignment.scoring import require_sound, scorer
 from treadle.alignment.verifiers import extract_answer
 from treadle.core.cards import Card
 from treadle.core.config import Config, dump
@@ -29,7 +28,7 @@ from treadle.core.files import write_json
 from treadle.core.pipeline import Step, Workspace
 from treadle.core.results import REASONING
 from treadle.data.problems import Problems
-from treadle.data.rating import Scored
+from treadle.data.rating import Scored, require_sound, scorer
 from treadle.data.records import Problem
 from treadle.data.source import Env
 from treadle.evals.evaluate import Exam

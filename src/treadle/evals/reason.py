@@ -9,14 +9,13 @@ from typing import Any
 
 from pydantic import Field
 
-from treadle.alignment.scoring import require_sound, scorer
 from treadle.alignment.verifiers import extract_answer
-from treadle.core.config import dump
+from treadle.core.config import Config
 from treadle.core.files import write_json
 from treadle.core.pipeline import Step, Workspace
 from treadle.core.progress import Progress
 from treadle.core.results import REASONING, Reasoned, accuracy
-from treadle.data.rating import Rater, Rating
+from treadle.data.rating import Rater, Rating, require_sound, scorer
 from treadle.data.records import Problem
 from treadle.data.source import Env
 from treadle.evals.evaluate import Exam
@@ -123,16 +122,25 @@ def turns_of(problem: Problem) -> Turns:
 
 
 def label(strategy: Strategy) -> str:
-    """Its kind, and the scalar fields that differ from the default: `SelfConsistency n=4`."""
-    default = {name: f.default for name, f in type(strategy).model_fields.items()}
-    given = {name: getattr(strategy, name) for name in default}
-    parts = []
-    for name, value in given.items():
-        if value == default[name]:
-            continue
-        plain = dump(value)
-        parts.append(f"{name}={plain['kind'] if isinstance(plain, dict) else plain}")
-    return " ".join([type(strategy).__name__, *parts])
+    """Its kind, and what differs from the default: `TreeOfThoughts search=Beam(width=4)`."""
+    return " ".join([type(strategy).__name__, *_differing(strategy)])
+
+
+def _differing(config: Config) -> list[str]:
+    fields = type(config).model_fields
+    given = {name: getattr(config, name) for name in fields}
+    return [f"{name}={_said(x)}" for name, x in given.items() if x != fields[name].default]
+
+
+def _said(value: object) -> str:
+    match value:
+        case Config():
+            parts = ", ".join(_differing(value))
+            return type(value).__name__ + (f"({parts})" if parts else "")
+        case tuple():
+            return str(len(value))
+        case _:
+            return str(value)
 
 
 def table(rows: Sequence[Reasoned]) -> list[str]:

@@ -25,20 +25,20 @@ def ratio(
     *,
     seed: int = 0,
 ) -> Figure:
-    """transform(sum a / sum b), such as the perplexity of a corpus; n counts the documents."""
+    """transform(sum a / sum b), such as the perplexity of a corpus; n counts the documents.
+
+    A resample with nothing in b, as of what is rare, has no such figure and is left out.
+    """
     a, b = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
     n, value = len(a), float(transform(np.array([a.sum() / b.sum()]))[0])
     if n == 1:
         return {"value": value, "low": None, "high": None, "n": n, "unit": unit}
     generator = np.random.default_rng(seed)
-    resampled = np.array([_sums(a, b, generator.integers(0, n, n)) for _ in range(RESAMPLES)])
+    draws = (generator.integers(0, n, n) for _ in range(RESAMPLES))
+    resampled = np.array([a[d].sum() / b[d].sum() for d in draws if b[d].any()])
     low, high = np.quantile(transform(resampled), (0.025, 0.975))
     return {"value": value, "low": float(low), "high": float(high), "n": n, "unit": unit}
 
 
 def bits(nats: Float[np.ndarray, " R"]) -> Float[np.ndarray, " R"]:
     return nats / math.log(2)
-
-
-def _sums(a: np.ndarray, b: np.ndarray, picks: np.ndarray) -> float:
-    return float(a[picks].sum() / b[picks].sum())

@@ -18,7 +18,6 @@ import torch
 from pydantic import Field
 
 from treadle.alignment.rewards import PrivatelyReasoned, Reward
-from treadle.alignment.scoring import require_sound, scorer
 from treadle.core.errors import TreadleError
 from treadle.core.pipeline import Step, Workspace
 from treadle.core.results import (
@@ -32,6 +31,7 @@ from treadle.core.results import (
     write_samples,
 )
 from treadle.data.batch import Piece, assemble, within_budget
+from treadle.data.rating import require_sound, scorer
 from treadle.evals.evaluate import Exam, sample_of
 from treadle.inference.engine import Engine, EngineConfig
 from treadle.inference.reasoning.strategy import visible

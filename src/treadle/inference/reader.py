@@ -75,6 +75,11 @@ class Reader:
             batch = laid([documents[order[i]] for i in run]).to(self.model.embedding.weight.device)
             with self.autocast():
                 rows = read(self.model, batch.tokens, batch.context(), batch.sources).cpu()
+            if not rows.isfinite().all():
+                raise TreadleError(
+                    "the model gives numbers that are none for some texts: its weights are "
+                    "broken, as after a training that diverged; train it again"
+                )
             counts = [max(1, len(documents[order[i]].places)) for i in run]
             parts = rows.split(counts) if isinstance(self.head, TokenReadout) else rows.unbind()
             found.update(zip((order[i] for i in run), parts, strict=True))

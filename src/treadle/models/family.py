@@ -43,14 +43,18 @@ class HuggingFace:
     def decoder(self, config: Mapping[str, Any]) -> Decoder:
         """What a config.json describes: a language model or, by its class, a reward model."""
         decoder = self.read(config)
-        return decoder.replace(head=ScalarHead()) if self._scores(config) else decoder
+        if not self._scores(config):
+            return decoder
+        return decoder.replace(head=ScalarHead(pad=config.get("pad_token_id")))
 
     def config(self, decoder: Decoder) -> dict[str, Any]:
         """Keys of config.json for a language model or a reward model."""
         scorer = self._scorer()
         if scorer is None or not isinstance(decoder.head, ScalarHead):
             return {"architectures": [self.architecture], **self.write(decoder)}
-        one = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        one: dict[str, Any] = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        if decoder.head.pad is not None:
+            one["pad_token_id"] = decoder.head.pad
         return {**self.write(_wordy(decoder)), "architectures": [scorer], **one}
 
     def names(self, decoder: Decoder) -> tuple[Rule, ...]:

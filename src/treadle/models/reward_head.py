@@ -27,6 +27,10 @@ class ScoreHead(Wordless, ABC):
 class ScalarHead(Head):
     """One linear layer with one output, starting at zero: no opinion on anything."""
 
+    pad: int | None = None
+    """The score is read before tokens of this kind at the end of a text, even where they end its
+    last turn: so transformers reads the models that it trained."""
+
     def build(self, vocab: int, dim: int, embedding: nn.Embedding) -> LinearScore:
         return LinearScore(dim)
 

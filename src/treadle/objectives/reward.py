@@ -20,7 +20,7 @@ from treadle.core.cards import Card
 from treadle.core.errors import TreadleError
 from treadle.data.batch import Batch
 from treadle.models.decoder import DecoderModel
-from treadle.models.reward_head import ScoreHead
+from treadle.models.reward_head import ScalarHead, ScoreHead
 from treadle.objectives.dpo import PreferenceBatch
 from treadle.objectives.objective import LossOutput, Objective
 
@@ -60,23 +60,34 @@ class BradleyTerry(Objective):
         return LossOutput(loss.sum(), batch.weights.new_tensor(len(difference)), metrics)
 
 
-def sequence_ends(batch: Batch) -> Int[Tensor, " S"]:
-    """Flat index of the last token of each answer of a batch of trees."""
+def sequence_ends(batch: Batch, pad: int | None = None) -> Int[Tensor, " S"]:
+    """Flat index of the last token of each answer of a batch of trees.
+
+    Args:
+        pad: a token that is skipped at the end, as long as another one of the answer is left.
+    """
     layout = batch.layout
     answers = [i for i in range(len(layout.lengths)) if layout.parent(i) >= 0]
     assert len(answers) == batch.sequence_count
-    ends = [layout.span(i)[-1] for i in answers]
+    ends = []
+    for span in map(layout.span, answers):
+        end = span[-1]
+        while pad is not None and end > span[0] and int(batch.tokens[end]) == pad:
+            end -= 1
+        ends.append(end)
     return torch.tensor(ends, device=batch.tokens.device)
 
 
 def sequence_scores(model: DecoderModel, batch: Batch) -> Float[Tensor, " S"]:
-    """The score of each answer, read at its last token.
+    """The score of each answer, read at the end of its turn as the template writes it.
 
     Raises:
         TreadleError: the model has the head of a language model.
     """
     hidden = model(batch.tokens, batch.context())
-    scores: Tensor = score_head(model)(hidden[sequence_ends(batch)])
+    head = model.config.head
+    ends = sequence_ends(batch, head.pad if isinstance(head, ScalarHead) else None)
+    scores: Tensor = score_head(model)(hidden[ends])
     return scores
 
 

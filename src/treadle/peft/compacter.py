@@ -60,7 +60,8 @@ class KroneckerLayer(nn.Module):
         self.T = nn.Parameter(torch.zeros(n, r, width_out // n))
         self.bias = nn.Parameter(torch.zeros(width_out))
         for factor in (self.S,) if zero else (self.S, self.T):
-            nn.init.xavier_normal_(factor)
+            for matrix in factor.detach():  # of all n together it would take n for a width
+                nn.init.xavier_normal_(matrix)
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         parts = x.unflatten(-1, (len(self.A), -1))

@@ -125,8 +125,10 @@ def load_adapter(model: DecoderModel, folder: StrPath) -> DecoderModel:
             if table is not None:
                 _check_base(layer, sample(table), folder)
         if probe:
-            values = torch.tensor(probe["values"])
-            _check_base(layers[names.ours_by_theirs[probe["module"]]], values, folder)
+            probed = layers.get(names.ours_by_theirs.get(str(probe.get("module")), ""))
+            if probed is None:
+                raise FileFormatError(f"{folder / WEIGHTS}: broken: its header names no layer here")
+            _check_base(probed, torch.tensor(probe["values"]), folder)
     except BaseException:
         for name in adapted(model).keys() - there.keys():
             replace_module(model, name, adapted(model)[name].base)
@@ -186,7 +188,18 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None
         probe = json.loads(header[PROBE_KEY]) if PROBE_KEY in header else None
     except (SafetensorError, json.JSONDecodeError) as error:
         raise FileFormatError(f"{file}: broken: {error}; fetch or save it again") from None
+    if probe is not None and not _is_probe(probe):
+        raise FileFormatError(f"{file}: broken: its header is not of treadle; save it again")
     return tensors, probe
+
+
+def _is_probe(probe: object) -> bool:
+    values = probe.get("values") if isinstance(probe, dict) else None
+    return (
+        isinstance(values, list)
+        and len(values) == PROBE_SIZE
+        and all(isinstance(value, float) for value in values)
+    )
 
 
 def _kind(fields: Mapping[str, Any]) -> type[Adapter]:

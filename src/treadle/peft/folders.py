@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+
+from torch import nn
 
 from treadle.core.errors import ConfigError
 from treadle.core.files import StrPath
 from treadle.core.pipeline import Workspace
 from treadle.models.decoder import DecoderModel
-from treadle.models.source import ModelSource, Opened
+from treadle.models.source import ModelSource, Opened, weight_bytes
 from treadle.peft import multitask_prompt
+from treadle.peft.adapter import adapted
 from treadle.peft.files import load_adapter, read_config, save_adapter
 from treadle.peft.multitask_prompt import (
     TaskTable,
@@ -22,6 +27,9 @@ from treadle.peft.prefix import prefix_of
 from treadle.peft.prefix_files import KINDS, load_prefix, save_prefix
 from treadle.peft.prompt import SoftPrompt
 
+BASE = ("embedding", "position", "token_type", "embedding_norm", "blocks", "norm", "head")
+"""Parts of a decoder. What else it has helps to train it, such as a value head."""
+
 
 class WithAdapter(ModelSource):
     """A model with what a PEFT folder holds, to be used, measured or trained further."""
@@ -33,7 +41,11 @@ class WithAdapter(ModelSource):
     def open(self, workspace: Workspace) -> Opened:
         opened = self.model.open(workspace)
         load_tuned(opened.model, self.folder)
-        return opened
+        size = weight_bytes(_path_and_task(self.folder)[0])
+        return replace(opened, bytes_on_disk=(opened.bytes_on_disk or 0) + size)
+
+    def origins(self, workspace: Workspace) -> Iterator[Path]:
+        yield _path_and_task(self.folder)[0]
 
 
 def save_tuned(model: DecoderModel, folder: StrPath, *, base: str = "") -> None:
@@ -44,12 +56,24 @@ def save_tuned(model: DecoderModel, folder: StrPath, *, base: str = "") -> None:
         TreadleError: the disk is full.
     """
     prefix = prefix_of(model)
+    _require_held(model, list(adapted(model).values()) if prefix is None else [prefix])
     if prefix is None:
         save_adapter(model, folder, base=base)
     elif isinstance(prefix, SoftPrompt) and isinstance(prefix.virtual, TaskTable):
         save_task_prompts(model, folder, base=base)
     else:
         save_prefix(model, folder, base=base)
+
+
+def _require_held(model: DecoderModel, written: Sequence[nn.Module]) -> None:
+    held = {id(p) for module in written for p in module.parameters()}
+    trained = (n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held)
+    lost = next((name for name in trained if name.partition(".")[0] in BASE), None)
+    if held and lost:
+        raise ConfigError(
+            f"`{lost}` was trained too, and a PEFT folder holds adapters of layers or a prefix and "
+            "nothing else: export the whole model, or use the run's folder"
+        )
 
 
 def load_tuned(model: DecoderModel, folder: StrPath) -> DecoderModel:

@@ -62,16 +62,17 @@ class Data(Config):
     @property
     def micro_batches(self) -> int:
         """In a step."""
-        return math.ceil(self.per_step / self._together)
+        return math.ceil(self.per_step / self.together)
 
     @property
-    def _together(self) -> int:
+    def together(self) -> int:
+        """Records in a micro-batch; the last of a step may have fewer."""
         return min(self.per_step, max(1, self.at_once // self.tokens))
 
     def batch(self) -> Batch:
         """One micro-batch of average records, all tokens learned."""
         record = Piece([0] * self.tokens, [True] * self.tokens)
-        return assemble([record] * self._together)
+        return assemble([record] * self.together)
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,8 @@ def estimate(
 
 
 def _row(method: Method, needs: Needs, data: Data, machine: Machine) -> Row:
-    rehearsed = min(2, data.micro_batches)
-    operations = data.steps * needs.flops * data.micro_batches / rehearsed
+    rehearsed = min(2, data.micro_batches) * data.together
+    operations = data.steps * needs.flops * data.per_step / rehearsed
     result = 4 * needs.trained  # what trains is in fp32
     disk = result + CHECKPOINTS * (result + needs.optimizer)
     fits = needs.resident <= machine.memory_bytes and disk <= machine.disk_bytes

@@ -53,10 +53,7 @@ class Ledger(TorchDispatchMode):
                 result = func(*args, **kwargs)
         else:
             result = func(*args, **kwargs)
-        if count := flop_registry.get(
-            func.overloadpacket if hasattr(func, "overloadpacket") else func
-        ):
-            self.flops += int(count(*args, **kwargs, out_val=result))
+        self.flops += _flops(getattr(func, "overloadpacket", func), args, kwargs, result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._book(tensor)
@@ -83,6 +80,24 @@ class Ledger(TorchDispatchMode):
         self.alive -= size
         if number:
             self.requests.give_back(number)
+
+
+def _flops(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+    """Of torch's formulas; of the CPU's attention, for which it has none, the products."""
+    if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        q, k, v = args[:3]
+        return _attention_flops(q, k, q.shape[-1] + v.shape[-1], causal=(*args, 0, 0)[4])
+    if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        q, k, v = args[1:4]
+        return _attention_flops(q, k, 3 * q.shape[-1] + 2 * v.shape[-1], causal=args[7])
+    count = flop_registry.get(packet)
+    return int(count(*args, **kwargs, out_val=result)) if count else 0
+
+
+def _attention_flops(q: Tensor, k: Tensor, width: int, *, causal: bool) -> int:
+    """Of products that are so wide together; the kernel leaves out what causality hides."""
+    pairs = q.shape[:-1].numel() * k.shape[-2]
+    return 2 * pairs * width // (2 if causal else 1)
 
 
 def _is_fake(tensor: Tensor) -> bool:

@@ -21,6 +21,7 @@ FIRST = (
     "completion_tokens",
 )
 """Metrics that a reader looks for, in this order; any others come after them."""
+
 POINTS = 240
 """Most points of a raw curve that is drawn."""
 
@@ -36,6 +37,14 @@ class Curve:
     """Empty where there is nothing to smooth: few points, or a schedule."""
 
 
+def place_of(metric: str) -> int:
+    """Where a metric stands among those that a reader looks for; the parts of a reward by its
+    side."""
+    part = metric.startswith("reward_") and metric != "reward_std"
+    name = "reward" if part else metric
+    return FIRST.index(name) if name in FIRST else len(FIRST)
+
+
 def read_curves(path: Path) -> list[Curve]:
     """All metrics of a file of JSON lines, those that a reader looks for first.
 
@@ -48,7 +57,7 @@ def read_curves(path: Path) -> list[Curve]:
         for metric, value in _numbers(row):
             series.setdefault(metric, {})[step] = value
     curves = [_curve(metric, points) for metric, points in series.items()]
-    return sorted(curves, key=lambda c: FIRST.index(c.metric) if c.metric in FIRST else len(FIRST))
+    return sorted(curves, key=lambda c: place_of(c.metric))
 
 
 def skipped_steps(path: Path) -> int:

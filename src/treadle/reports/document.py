@@ -18,6 +18,7 @@ from treadle.reports.stages import (
     columns_of,
     compare,
     headline,
+    measured_of,
     path_of,
     samples_of,
     stages_of,
@@ -110,7 +111,7 @@ def _ends(stages: list[Stage]) -> tuple[Stage, Stage] | None:
     """The first and the last stage whose accuracy was measured, where one leads to the other."""
     if len(ways_of(stages)) > 1:
         return None
-    measured = [s for s in path_of(stages) if headline(s) is not None]
+    measured = measured_of(path_of(stages))
     return (measured[0], measured[-1]) if len(measured) > 1 else None
 
 

@@ -19,7 +19,7 @@ from treadle.core.cards import Card
 from treadle.core.files import write_json, write_text
 from treadle.core.pipeline import Summary, Workspace
 from treadle.reports import numbers, plots
-from treadle.reports.curves import FIRST
+from treadle.reports.curves import FIRST, place_of
 from treadle.reports.document import document
 from treadle.reports.folder import read_run
 from treadle.reports.words import LESS_IS_BETTER, STATES
@@ -159,8 +159,8 @@ def _training(data: Mapping[str, Any]) -> list[dict[str, Any]]:
         parts.append(
             {
                 **part,
-                "first": [p for p in drawn if p["metric"] in FIRST],
-                "rest": [p for p in drawn if p["metric"] not in FIRST],
+                "first": [p for p in drawn if place_of(p["metric"]) < len(FIRST)],
+                "rest": [p for p in drawn if place_of(p["metric"]) == len(FIRST)],
             }
         )
     return parts

@@ -111,6 +111,18 @@ def headline(stage: Stage) -> Figure | None:
     return stage.results.get(OVERALL) or (families[0] if families else None)
 
 
+def problems_of(stage: Stage) -> dict[str, int]:
+    """Task families and how many problems of each."""
+    return {name: f["n"] for name, f in stage.results.items() if f["unit"] == "accuracy"}
+
+
+def measured_of(path: Sequence[Stage]) -> list[Stage]:
+    """The stages whose accuracy was measured: by the problems of the last one, if others were."""
+    measured = [s for s in path if headline(s) is not None]
+    alike = [s for s in measured if problems_of(s) == problems_of(measured[-1])]
+    return alike if len(alike) > 1 else measured
+
+
 def compare(before: Stage, after: Stage, run: RunFolder) -> Comparison | None:
     """Pair the two by problem; None where they have no problem in common.
 

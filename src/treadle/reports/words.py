@@ -7,7 +7,15 @@ from typing import Any
 
 from treadle.core.results import Figure
 from treadle.reports import numbers
-from treadle.reports.stages import Comparison, Stage, headline, path_of, ways_of
+from treadle.reports.stages import (
+    Comparison,
+    Stage,
+    headline,
+    measured_of,
+    path_of,
+    problems_of,
+    ways_of,
+)
 
 LESS_IS_BETTER = ("perplexity", "bits/byte")
 """Units."""
@@ -92,7 +100,7 @@ def _apart(one: Figure, other: Figure) -> bool:
 
 
 def _accuracy(path: Sequence[Stage], comparison: Comparison | None, who: str) -> list[str]:
-    measured = [(s, h) for s in path if (h := headline(s)) is not None]
+    measured = [(s, h) for s in measured_of(path) if (h := headline(s)) is not None]
     if not measured:
         return []
     last, final = measured[-1]
@@ -102,7 +110,7 @@ def _accuracy(path: Sequence[Stage], comparison: Comparison | None, who: str) ->
         return [said + "."]
     first, base = measured[0]
     said += f"; before ({first.subject}) it was {_share(base)}."
-    if _problems(first) != _problems(last):
+    if problems_of(first) != problems_of(last):
         return [said, "The two were measured on different tasks and do not compare."]
     difference = _overlap(base, final) if comparison is None else _paired(comparison)
     return [said, difference, *_better(measured)]
@@ -131,14 +139,9 @@ def _better(measured: Sequence[tuple[Stage, Figure]]) -> list[str]:
     best, top = max(measured, key=lambda pair: pair[1]["value"])
     if top["low"] is None or final["high"] is None or top["low"] <= final["high"]:
         return []
-    if _problems(best) != _problems(last):
+    if problems_of(best) != problems_of(last):
         return []
     return [f"An earlier stage was better: {best.subject} with {_share(top)}."]
-
-
-def _problems(stage: Stage) -> dict[str, int]:
-    """Task families and how many problems of each."""
-    return {name: f["n"] for name, f in stage.results.items() if f["unit"] == "accuracy"}
 
 
 def _paired(c: Comparison) -> str:

@@ -136,6 +136,21 @@ class Tokenizer:
         """The same tokenizer with another chat template."""
         return Tokenizer(self.backend, special=self.special, chat_template=chat_template)
 
+    def padded_apart(self) -> Tokenizer:
+        """The same tokenizer with a padding token that ends nothing: programs that look for the
+        end of a text before its padding then find it.
+
+        Raises:
+            TreadleError: every special token ends a turn or a text.
+        """
+        ends = {self.eos_id} | {self.token_id(name) for name in TURN_ENDS}
+        names = (self.special.pad, self.special.unk, *map(self.spelling, sorted(self.special_ids)))
+        for name in names:
+            if name is not None and self.token_id(name) not in ends:
+                special = replace(self.special, pad=name)
+                return Tokenizer(self.backend, special=special, chat_template=self.chat_template)
+        raise TreadleError("every special token of the vocabulary ends a turn or a text")
+
     @property
     def vocab_size(self) -> int:
         """One more than the highest id."""

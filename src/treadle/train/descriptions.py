@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class DescribedStream(Stream):
 
     def __next__(self) -> Work:
         work = next(self.inner)
-        return Work(tuple(map(self._described, work.batches)), work.metrics)
+        return replace(work, batches=tuple(map(self._described, work.batches)))
 
     def _described(self, batch: Batch) -> DescribedBatch:
         known = {f.name: getattr(batch, f.name) for f in fields(Batch)}

@@ -8,7 +8,7 @@ and a sparse fine-tuning trains where it is largest.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from treadle.models.decoder import DecoderModel
 from treadle.models.source import ModelSource, Opened
 from treadle.models.transform import match_modules
 from treadle.nn.linear import LinearLike
+from treadle.nn.modes import evaluating
 from treadle.objectives.causal import CausalLM
 from treadle.objectives.ewc import remember
 from treadle.objectives.objective import Objective
@@ -60,7 +61,8 @@ class Fisher(Step):
             scratch=workspace.folder,
             autocast=partial(precision.autocast, "cpu"),
         )
-        found = fisher(model, CausalLM(), examples(self.source, env, self.examples), env)
+        batches = examples(self.source, env, self.examples)
+        found = fisher(model, CausalLM(), batches, env)
         anchor = {n: p.detach().float() for n, p in model.named_parameters() if n in found}
         for tensors, name in ((found, FISHER), (anchor, ANCHOR)):
             with atomic_file(workspace.folder / name) as temporary:
@@ -68,7 +70,7 @@ class Fisher(Step):
         total = sum(float(f.sum()) for f in found.values())
         return {
             "kind": "fisher",
-            "examples": self.examples,
+            "examples": len(batches),
             "parameters": sum(f.numel() for f in found.values()),
             "trace": total,
         }
@@ -110,18 +112,16 @@ class FisherMasked(ModelSource, Reads):
             match_modules(model, self.targets, TARGETS, owner="FisherMasked")
 
 
-def examples(source: Supervised, env: Env, count: int) -> Iterable[Batch]:
-    """Batches of one conversation each."""
+def examples(source: Supervised, env: Env, count: int) -> Sequence[Batch]:
+    """The first conversations, a batch each; those without an answer are left out."""
     shortest = 8  # a conversation that is longer than a micro-batch may be is alone in it
-    stream = source.replace(tokens=shortest, per_step=1).open(env)
-    for _ in range(count):
-        yield from next(stream).batches
+    return next(source.replace(tokens=shortest, per_step=count).open(env)).batches
 
 
 def fisher(
     model: DecoderModel, objective: Objective, batches: Iterable[Batch], env: Env
 ) -> dict[str, Tensor]:
-    """F of each parameter that trains, by name; each batch is one example.
+    """F of each parameter that trains, by name, without dropout; each batch is one example.
 
     Raises:
         ConfigError: nothing trains, or there is no example.
@@ -132,7 +132,7 @@ def fisher(
     sums = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in trained.items()}
     count = 0
     for batch in batches:
-        with env.autocast():
+        with evaluating(model), env.autocast():
             total = objective(model, batch.to(env.device)).total
         gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
         for own, gradient in zip(sums.values(), gradients, strict=True):

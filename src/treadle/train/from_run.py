@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from treadle.core.config import from_yaml
@@ -16,8 +17,8 @@ from treadle.core.pipeline import (
     read_manifest,
 )
 from treadle.models.decoder import DecoderModel
-from treadle.models.source import ModelSource, Opened
-from treadle.train.run import Training, as_training, open_trained
+from treadle.models.source import ModelSource, Opened, origins
+from treadle.train.run import Trained, Training, as_training, open_trained
 
 
 class FromRun(ModelSource):
@@ -38,9 +39,16 @@ class FromRun(ModelSource):
         return open_trained(folder, Workspace(root, folder, pipeline, workspace.progress))
 
     def outline(self, workspace: Workspace) -> DecoderModel | None:
-        root, pipeline = Path(self.folder), read_pipeline(Path(self.folder))
-        step = as_training(find_step(pipeline, self.step), f"{root / self.step}")
-        return step.outline(Workspace(root, root / self.step, pipeline, workspace.progress))
+        there = self._workspace(workspace)
+        step = as_training(find_step(there.pipeline, self.step), f"{there.folder}")
+        return step.outline(there)
+
+    def origins(self, workspace: Workspace) -> Iterator[Path]:
+        yield from origins(Trained(step=self.step), self._workspace(workspace))
+
+    def _workspace(self, workspace: Workspace) -> Workspace:
+        root = Path(self.folder)
+        return Workspace(root, root / self.step, read_pipeline(root), workspace.progress)
 
 
 def read_pipeline(root: Path) -> Pipeline:

@@ -9,7 +9,7 @@ Its folder holds the parameters that were trained; the manifest holds the whole 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,7 +24,7 @@ from treadle.core.pipeline import Reads, Step, Workspace, find_step, read_manife
 from treadle.data.source import Env, Source
 from treadle.kernels.heap import keep_tensors_apart, release_tensors
 from treadle.models.decoder import DecoderModel
-from treadle.models.source import ModelSource, Opened, outlined, weight_bytes
+from treadle.models.source import ModelSource, Opened, origins, outlined, weight_bytes
 from treadle.models.transform import Transform, transformed
 from treadle.objectives.objective import Objective
 from treadle.optim.optimizer import Optimizer, Schedule
@@ -79,10 +79,10 @@ class Run(Training):
         opened = self.model.open(workspace)
         model = transformed(opened.model, self.transforms)
         world = self.plan.setup()
-        model.to(world.device)  # before a source opens, which may ask it
         precision = settle(
             self.fit.precision, world.device, folder / "precision.yaml", workspace.progress.say
         )
+        precision.prepare(model.to(world.device))  # as it is trained: a source may ask it
         env = Env(
             model=model,
             tokenizer=tokenizer_of(opened),
@@ -106,7 +106,6 @@ class Run(Training):
                 WarnAbove(workspace.progress, self.name),
             ]
         stream = self.source.open(env)
-        precision.prepare(model)  # so that the prints are in the final dtypes
         release_tensors()  # what loading took
         before = prints_of(model)
         result = fit(
@@ -151,8 +150,14 @@ class Trained(ModelSource, Reads):
         return open_trained(workspace.output(self.step), workspace)
 
     def outline(self, workspace: Workspace) -> DecoderModel | None:
-        step = find_step(workspace.pipeline, self.step)
-        return as_training(step, f"`{self.step}`").outline(workspace)
+        return self._training(workspace).outline(workspace)
+
+    def origins(self, workspace: Workspace) -> Iterator[Path]:
+        """Of the model that the step trained: its folder has no copy."""
+        yield from origins(self._training(workspace).model, workspace)
+
+    def _training(self, workspace: Workspace) -> Training:
+        return as_training(find_step(workspace.pipeline, self.step), f"`{self.step}`")
 
 
 def open_trained(folder: Path, workspace: Workspace) -> Opened:

@@ -34,7 +34,7 @@ class CritiqueAndRefine(Strategy):
     )
     refine: str = "Now write the whole solution again without the mistakes."
     content: str = "no mistakes"
-    """A critique that holds these words, in any case, ends the rounds."""
+    """A critique that says these words, in any case, ends the rounds."""
 
     def __call__(self, thinker: Thinker, questions: Sequence[Turns]) -> list[Thought]:
         asks = prompted(self.prompt, questions)
@@ -52,8 +52,9 @@ class CritiqueAndRefine(Strategy):
             open_: list[tuple[int, Turns]] = []
             for i, talk, (critique,) in zip(going, talks, found, strict=True):
                 traces[i].append(critique.text)
-                if self.content not in critique.text.lower() and critique.text.strip():
-                    open_.append((i, self._talk(talk, critique.text, self.refine)))
+                said = visible(critique.text).strip()
+                if said and self.content not in said.lower():
+                    open_.append((i, self._talk(talk, said, self.refine)))
             again = thinker.ask([Ask(i, talk) for i, talk in open_], self.sampling)
             going = []
             for (i, _), (better,) in zip(open_, again, strict=True):

@@ -23,6 +23,7 @@ from treadle.inference.reasoning.strategy import (
     Thought,
     Turns,
     said_last,
+    visible,
 )
 from treadle.inference.sampling import Sampling
 
@@ -137,7 +138,7 @@ class LeastToMost(Strategy):
             ],
             self.sampling,
         )
-        parts = [listed(plan.text)[: self.parts] for (plan,) in plans]
+        parts = [listed(visible(plan.text))[: self.parts] for (plan,) in plans]
         talks: list[Turns] = [turns[:-1] for turns in questions]
         for step in range(self.parts):
             asks = [
@@ -146,7 +147,8 @@ class LeastToMost(Strategy):
                 if step < len(parts[i])
             ]
             for ask, (found,) in zip(asks, thinker.ask(asks, self.sampling), strict=True):
-                talks[ask.question] = (*ask.turns, {"role": "assistant", "content": found.text})
+                said = {"role": "assistant", "content": visible(found.text)}
+                talks[ask.question] = (*ask.turns, said)
         last = [Ask(i, (*talk, questions[i][-1])) for i, talk in enumerate(talks)]
         answers = thinker.ask(last, self.sampling)
         return [

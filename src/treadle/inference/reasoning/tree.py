@@ -20,6 +20,7 @@ from pydantic import Field
 from treadle.core.cards import Card
 from treadle.core.config import Config
 from treadle.inference.reasoning.strategy import Ask, Strategy, Thinker, Thought, Turns, visible
+from treadle.inference.request import Completion
 from treadle.inference.sampling import Sampling
 
 CARD = Card(
@@ -240,35 +241,52 @@ class TreeOfThoughts(Strategy):
 
 
 class LineSpace(Space):
-    """Answers of one question, line by line, as the model continues them."""
+    """Answers of one question, line by line, as the model continues them.
+
+    A line that was cut short goes on in the next step; an empty line between two is no step.
+    """
 
     def __init__(self, config: TreeOfThoughts, thinker: Thinker, ask: Ask) -> None:
         self.config, self.thinker, self.ask = config, thinker, ask
         self.sureness: dict[str, float] = {}
 
     def children(self, states: Sequence[str]) -> list[list[str]]:
-        asks = [Ask(self.ask.question, self.ask.turns, state) for state in states]
         config = self.config
         seed = config.sampling.seed + len(self.sureness)
         sampling = config.sampling.replace(seed=seed)
         rows = []
         for state, found in zip(
-            states, self.thinker.ask(asks, sampling, config.branching), strict=True
+            states, self._continued(states, sampling, config.branching), strict=True
         ):
-            row = []
-            for part in found:
-                line = part.text.strip()
-                if not line:
-                    continue
-                child = f"{state}{line}\n"
-                self.sureness[child] = math.exp(math.fsum(part.logprobs) / len(part.logprobs))
-                row.append(child)
-            rows.append(row)
+            row = [self._child(state, part) for part in found]
+            if empty := sum(map(self._is_empty_line, found)):
+                (after,) = self._continued([f"{state}\n"], sampling, empty)
+                row += [self._child(f"{state}\n", part) for part in after]
+            rows.append([child for child in row if child])
         return rows
+
+    def _continued(
+        self, states: Sequence[str], sampling: Sampling, n: int
+    ) -> list[list[Completion]]:
+        asks = [Ask(self.ask.question, self.ask.turns, state) for state in states]
+        return self.thinker.ask(asks, sampling, n)
+
+    def _child(self, state: str, part: Completion) -> str:
+        """The state with what follows; nothing where that is nothing."""
+        text = part.text if state and not state.endswith("\n") else part.text.lstrip()
+        if not text.strip():
+            return ""
+        child = state + (text if part.finish == "length" else f"{text.rstrip()}\n")
+        self.sureness[child] = math.exp(math.fsum(part.logprobs) / len(part.logprobs))
+        return child
+
+    def _is_empty_line(self, part: Completion) -> bool:
+        """Rather than the end of the answer."""
+        return not part.text.strip() and "\n" in self.thinker.engine.tokenizer.decode(part.tokens)
 
     def values(self, states: Sequence[str]) -> list[float]:
         known = [self.sureness[s] for s in states]
         return self.config.valuation(self.thinker, self.ask, states, known) if states else []
 
     def final(self, state: str) -> bool:
-        return bool(state) and self.thinker.extract(visible(state)) is not None
+        return state.endswith("\n") and self.thinker.extract(visible(state)) is not None

@@ -77,10 +77,10 @@ def save_hf(
         # transformers 5 and 4, in this order
         "dtype": str(stored).removeprefix("torch."),
         "torch_dtype": str(stored).removeprefix("torch."),
-        **spelling.config(model.config),
         # Left out, transformers takes numbers from the family's first release.
         **dict.fromkeys(TOKENS),
         **fields,
+        **spelling.config(model.config),
     }
     tensors = ((name, tensor.to(dtype or tensor.dtype)) for name, tensor in spill(model, rules))
     save_safetensors(folder, tensors, max_shard_bytes=max_shard_bytes)
