@@ -444,6 +444,7 @@ def test_an_opponent_tells_a_better_bargainer(tmp_path: Path) -> None:
     alone, _ = measured(tmp_path / "alone", model=takes)
     assert alone["results"]["payoff"]["value"] == 0
     assert alone["results"].keys() == {"payoff"}
+    assert alone["results"]["payoff"]["n"] == 37, "two seats of a play are no two plays"
 
     # Whoever says yes first gets nothing; two hats can only be taken where there are two.
     deals = [GAME.deal(i).counts[0] for i in range(37)]

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 from pydantic import Field
@@ -33,7 +34,7 @@ class MeasurePlayed(Step):
     """Has all seats but one; without, the model plays with itself, which cannot tell whether it
     became the better player."""
     what: str = "reward"
-    """Name of the result: the mean reward of the model's seats, in [0, 1]."""
+    """Name of the result: the mean reward of the model's seats, in [0, 1], over plays."""
     count: int = Field(64, ge=1)
     """Problems, each played once; against an opponent, once from every seat."""
     precision: Precision = Auto()
@@ -58,12 +59,10 @@ class MeasurePlayed(Step):
             raise TreadleError(f"none of {self.count} openings fits the model's context")
         for failure, times in Counter(f for e in episodes for f in e.failures).most_common(8):
             workspace.progress.say(f"environment: {failure} ({times} times)")
-        seats = [(e, i) for e in episodes for i in range(len(e.seats))]
-        own = [e.seats[i].reward for e, i in seats if self.opponent is None or i == e.place]
-        results: dict[str, Figure] = {self.what: accuracy(own)}
+        results: dict[str, Figure] = {self.what: accuracy([self._reward(e) for e in episodes])}
         if self.opponent is not None:
-            theirs = [e.seats[i].reward for e, i in seats if i != e.place]
-            results[f"{self.what}: the opponent's"] = accuracy(theirs)
+            others = [[s.reward for i, s in enumerate(e.seats) if i != e.place] for e in episodes]
+            results[f"{self.what}: the opponent's"] = accuracy(list(map(fmean, others)))
         write_samples(workspace.folder, [self._sample(e) for e in episodes])
         return {
             "kind": EVALUATION,
@@ -86,12 +85,16 @@ class MeasurePlayed(Step):
             workspace=workspace,
         )
 
+    def _reward(self, episode: Episode) -> float:
+        """The mean over the model's seats, which win and lose together: a play counts once."""
+        if self.opponent is not None:
+            return episode.seats[episode.place].reward
+        return fmean(seat.reward for seat in episode.seats)
+
     def _sample(self, episode: Episode) -> Sample:
-        """What the model's seat heard and said, and its reward; of all seats, if it has them all,
-        the first one's words and the mean reward."""
+        """What the model's first seat heard and said, and its reward."""
         against = self.opponent is not None
         seat = episode.seats[episode.place if against else 0]
-        counted = [seat] if against else episode.seats
         said = [f"{m.role}: {m.content}" for m in seat.messages]
         spoke = (i for i, m in enumerate(seat.messages) if m.role == "assistant")
         opening = next(spoke, len(said))
@@ -101,5 +104,5 @@ class MeasurePlayed(Step):
             "prompt": "\n".join(said[:opening]),
             "answer": "\n".join(said[opening:]),
             "expected": "",
-            "score": sum(s.reward for s in counted) / len(counted),
+            "score": self._reward(episode),
         }
