@@ -7,15 +7,18 @@ import shlex
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from treadle.cli.app import COMMANDS
+from treadle.cli.kinds import named
 from treadle.cli.targets import load_any, recipe_files
 from treadle.core import registry
 from treadle.core.cards import catalogue_ids, read_cards
 from treadle.core.config import Config
+from treadle.inference.reasoning.strategy import Strategy
 
 ROOT = Path(__file__).resolve().parents[1]
 CARDS = read_cards()
@@ -93,6 +96,9 @@ def test_each_recipe_of_a_card_is_a_command(recipe: str) -> None:
         target, *overrides = [a for a in arguments if not a.startswith("-")]
         assert command == "show" or target in recipe_files(), owners
         load_any(target, overrides)
+    for option, value in pairwise(arguments):
+        if option in ("-s", "--strategy"):
+            named(value, Strategy, option)
 
 
 # Names

@@ -22,7 +22,8 @@ CARD = Card(
     id="re.best_of_n.verdict",
     paper="Kadavath et al. 2022, Language Models (Mostly) Know What They Know, arXiv:2207.05221",
     summary="The best of N answers by how likely the model is to call it right.",
-    recipe="treadle reason smollm2-135m-instruct --strategy '{kind: BestOfN, n: 4, by: ByVerdict}'",
+    recipe="treadle reason smollm2-135m-instruct "
+    "--strategy '{kind: BestOfN, n: 4, by: {kind: ByVerdict}}'",
     oracle="tests/inference/test_inference_verdict.py::test_the_score_is_the_probability_of_yes",
 )
 ASK = "Is this solution right? Answer Yes or No."
