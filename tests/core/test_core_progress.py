@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from treadle.core import progress
-from treadle.core.progress import Estimate, Lines
+from treadle.core.execute import execute
+from treadle.core.pipeline import Pipeline, Step, Workspace
+from treadle.core.progress import Estimate, Lines, Silent, Task
 
 
 @pytest.fixture
@@ -53,3 +56,45 @@ def test_lines_say_what_is_left(
         wait(4000)
         task.update(400, note="calm")
     assert capsys.readouterr().err == "reading: 400/1000, 1:40:00 left calm\n"
+
+
+class Moves(Task):
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def update(self, completed: float, *, note: str = "") -> None:
+        self.seen.append(completed)
+
+    def close(self) -> None:
+        return
+
+
+class Watched(Silent):
+    """Keeps the moves of each task by name."""
+
+    def __init__(self) -> None:
+        self.tasks: dict[str, Moves] = {}
+
+    def task(self, name: str, total: float | None, *, expected: float | None = None) -> Task:
+        return self.tasks.setdefault(name, Moves())
+
+
+class Nested(Step):
+    """Two halves, each with work of its own, and something after them."""
+
+    def execute(self, workspace: Workspace) -> dict[str, str]:
+        with workspace.progress.task("halves", 2) as halves:
+            for half in (1, 2):
+                with workspace.progress.task("answers", 10) as answers:
+                    answers.update(10)
+                halves.update(half)
+        with workspace.progress.task("after", 4) as after:
+            after.update(1)
+        return {"kind": "nothing"}
+
+
+def test_work_within_work_does_not_move_the_whole(tmp_path: Path) -> None:
+    watched = Watched()
+    execute(Pipeline(name="p", steps=(Nested(name="n", minutes=3.0),)), tmp_path, watched)
+    assert watched.tasks["answers"].seen == [10, 10]
+    assert watched.tasks["p"].seen == [0, 1.5, 3.0, 3.0]

@@ -120,14 +120,17 @@ def _follow(pipeline: Pipeline, root: Path, keys: Mapping[str, str]) -> None:
 
 
 class _Share(Progress):
-    """A step's tasks, which also move the pipeline's own bar."""
+    """A step's tasks, which also move the pipeline's own bar; those within others do not."""
 
     def __init__(self, inner: Progress, overall: Task, start: float, share: float) -> None:
         self.inner, self.overall, self.start, self.share = inner, overall, start, share
         self.fraction = 0.0
+        self.open: list[_SharedTask] = []
 
     def task(self, name: str, total: float | None, *, expected: float | None = None) -> Task:
-        return _SharedTask(self, self.inner.task(name, total, expected=expected), total)
+        task = _SharedTask(self, self.inner.task(name, total, expected=expected), total)
+        self.open.append(task)
+        return task
 
     def reached(self, fraction: float) -> None:
         """The overall bar never goes back, however many tasks a step has."""
@@ -144,10 +147,12 @@ class _SharedTask(Task):
 
     def update(self, completed: float, *, note: str = "") -> None:
         self.inner.update(completed, note=note)
-        self.owner.reached(completed / self.total if self.total else 0.0)
+        if self.owner.open[:1] == [self]:
+            self.owner.reached(completed / self.total if self.total else 0.0)
 
     def close(self) -> None:
         self.inner.close()
+        self.owner.open = [task for task in self.owner.open if task is not self]
 
 
 def finished(folder: Path, key: str) -> bool:
