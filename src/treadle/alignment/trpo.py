@@ -172,7 +172,7 @@ def gain_and_gradient(
         loss = surrogate(logprobs(model, batch), logp, batch) / weight
         part = parameters_to_vector(torch.autograd.grad(loss, parameters))
         total = part if not len(total) else total + part
-        value += float(loss)
+        value += float(loss.detach())
     return value, total
 
 
