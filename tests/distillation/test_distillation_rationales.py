@@ -121,7 +121,7 @@ def test_teacher_that_solves_nothing_is_refused(monkeypatch, tmp_path: Path) -> 
             asked(monkeypatch, tmp_path, lambda i, attempt, text=text: text)
 
 
-class Moody(PlusOne):
+class Fitful(PlusOne):
     """A verifier that hangs or raises at some answers, and takes others for right."""
 
     def score(self, problem: Problem, completion: str) -> float:
@@ -138,18 +138,18 @@ def test_a_verifier_that_fails_costs_its_answer_alone(monkeypatch, tmp_path: Pat
     def says(i: int, attempt: int) -> str:
         return f"{('hang', 'crash', 'fine')[i]}\nAnswer: {i + 1}"
 
-    metrics, rows = asked(monkeypatch, tmp_path, says, problems=Moody(), patience=0.1)
+    metrics, rows = asked(monkeypatch, tmp_path, says, problems=Fitful(), patience=0.1)
     assert [row["steps"] for row in rows] == ["fine"]
     assert (metrics["kept"], metrics["verifications_failed"]) == (1, 2)
     with pytest.raises(TreadleError, match=r"failed for all 3 .*ZeroDivisionError: moody"):
-        asked(monkeypatch, tmp_path, lambda i, attempt: "crash\nAnswer: 1", problems=Moody())
+        asked(monkeypatch, tmp_path, lambda i, attempt: "crash\nAnswer: 1", problems=Fitful())
 
 
 def test_an_answer_without_a_result_teaches_nothing(monkeypatch, tmp_path: Path) -> None:
     def says(i: int, attempt: int) -> str:
         return ("please\nAnswer: ", "please", "please\nAnswer: 7")[i]
 
-    _, rows = asked(monkeypatch, tmp_path, says, problems=Moody())
+    _, rows = asked(monkeypatch, tmp_path, says, problems=Fitful())
     assert [row["result"] for row in rows] == ["7"]
 
 
