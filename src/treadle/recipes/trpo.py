@@ -14,11 +14,11 @@ def trpo() -> Pipeline:
     reinforce = TRPO(
         model=BASE,
         transforms=(LoRA(rank=16),),
-        source=rollouts(),
-        steps=24,
+        source=rollouts().replace(prompts=4),
+        steps=16,
         iterations=5,
         checkpoint_every=4,
-        minutes=12.0,
+        minutes=20.0,
     )
     before, after = followed("base", BASE), followed("trpo", Trained(step="trpo"))
     return Pipeline(name="trpo", steps=(before, reinforce, after, Report()))
