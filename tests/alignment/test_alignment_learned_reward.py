@@ -125,6 +125,13 @@ def test_what_cannot_be_read_is_counted(tmp_path: Path) -> None:
     )
 
 
+def test_private_reasoning_is_not_read(tmp_path: Path) -> None:
+    rate = learned().open(env(tmp_path), 1.0)
+    said, thought, silent = rate(ASKED, ["yes", "<think>no!</think>\nyes", "<think>yes</think>"])
+    assert thought == said
+    assert silent.value == 0.0
+
+
 def test_scores_far_out_are_worth_nothing_or_all(tmp_path: Path) -> None:
     here = env(tmp_path)
     for centre, value in ((1e30, 0.0), (-1e30, 1.0)):

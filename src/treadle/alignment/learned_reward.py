@@ -26,6 +26,7 @@ from treadle.data.batch import within_budget
 from treadle.data.rating import Rater, Rating, Scored
 from treadle.data.records import Problem, assistant
 from treadle.data.source import Env
+from treadle.inference.reasoning.strategy import visible
 from treadle.models.source import ModelSource
 from treadle.tokenizers.load import tokenizer_of
 from treadle.train.precision import Auto, Precision
@@ -40,7 +41,8 @@ CARD = Card(
 
 
 class LearnedReward(Rating):
-    """What a trained model says; the prompt of a group is computed once for all its answers."""
+    """What a trained model says of what the user sees: private reasoning is not read. The prompt
+    of a group is computed once for all its answers."""
 
     model: ModelSource
     judge: Judge = ScoreOf()
@@ -76,7 +78,7 @@ class LearnedReward(Rating):
         return partial(self._rate, reader)
 
     def _rate(self, reader: Env, problem: Problem, texts: Sequence[str]) -> list[Scored]:
-        answers = [(assistant(text),) for text in texts]
+        answers = [(assistant(visible(text)),) for text in texts]
         said = [i for i, answer in enumerate(answers) if says_something(answer)]
         found = [Scored(0.0) for _ in texts]
         if not said:
@@ -87,13 +89,13 @@ class LearnedReward(Rating):
         except TreadleError as error:
             return [Scored(0.0, failure=f"the reward model cannot read it: {error}") for _ in texts]
         for place, score in zip(said, self._scores(reader, tree), strict=True):
-            finite = math.isfinite(score)
-            found[place] = (
-                Scored(1 / (1 + math.exp(min(self.centre - score, 700.0))))
-                if finite
-                else Scored(0.0, failure=f"the reward model's score was {score}")
-            )
+            found[place] = self._worth(score)
         return found
+
+    def _worth(self, score: float) -> Scored:
+        if not math.isfinite(score):
+            return Scored(0.0, failure=f"the reward model's score was {score}")
+        return Scored(1 / (1 + math.exp(min(self.centre - score, 700.0))))
 
     @torch.no_grad()
     def _scores(self, reader: Env, tree: Tree) -> list[float]:
