@@ -145,14 +145,16 @@ def _said(value: object) -> str:
 
 def table(rows: Sequence[Reasoned]) -> list[str]:
     """Lines of text, the cheapest strategy of each exam first."""
+    # What tells two strategies apart may stand at the end of their names.
+    wide = max(len("strategy"), *(len(row["strategy"]) for row in rows))
     lines = [
-        f"{'strategy':44} {'exam':16} {'accuracy':>8}  {'95%':13} {'tokens':>8} {'seconds':>8}"
+        f"{'strategy':{wide}} {'exam':16} {'accuracy':>8}  {'95%':13} {'tokens':>8} {'seconds':>8}"
     ]
     for row in sorted(rows, key=lambda r: (r["exam"], r["tokens"])):
         figure = row["accuracy"]
         interval = f"{figure['low']:.2f} to {figure['high']:.2f}"
         lines.append(
-            f"{row['strategy'][:44]:44} {row['exam'][:16]:16} {figure['value']:8.3f}  "
+            f"{row['strategy']:{wide}} {row['exam'][:16]:16} {figure['value']:8.3f}  "
             f"{interval:13} {row['tokens']:8.0f} {row['seconds']:8.1f}"
         )
     return lines
