@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -130,8 +131,30 @@ def test_what_is_watched_does_not_count(together: Combination) -> None:
     rate = Weighted(parts=parts, together=together).open(NOWHERE, 1.0)
     (found,) = rate(PROBLEM, ["whole"])
     assert found == Scored(0.5, {"learned": 0.5, "watched": 1.0})
+    hidden = rate(PROBLEM, ["whole", "crash", "nan"])
+    assert [s.value for s in hidden] == [0.5] * 3, "its failures cost nothing"
+    assert not any(s.failure for s in hidden)
+    assert reward_metrics(hidden) == {
+        "rewards_failed": 0.0,
+        "reward_learned": 0.5,
+        "reward_watched": 1.0,
+        "reward_watched_failed": 2.0,
+    }
     with pytest.raises(ValueError, match="no part has a weight: nothing would be learned"):
         Weighted(parts=parts[1:])
+
+
+class Nothing(Combination):
+    """Makes no number of its parts."""
+
+    def __call__(self, rewards: Sequence[float], weights: Sequence[float]) -> float:
+        return math.nan
+
+
+def test_parts_that_make_no_number_together_are_counted() -> None:
+    parts = (Part(name="fine", reward=MarksOf()),)
+    (found,) = Weighted(parts=parts, together=Nothing()).open(NOWHERE, 1.0)(PROBLEM, ["whole"])
+    assert found == Scored(0.0, failure="the rewards together were nan")
 
 
 def test_doubt_costs_where_rewards_differ() -> None:

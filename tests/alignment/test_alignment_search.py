@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from treadle.alignment import search
 from treadle.alignment.lookups import BUILDINGS, InventedFacts, LookUps, buildings
+from treadle.alignment.reasoning_gym import split_of
 from treadle.alignment.search import SearchTool, opened_index, words_of
 from treadle.alignment.tool_solutions import CalculatorSolutions, SearchSolutions
 from treadle.alignment.tools import Calculator, WithTools, call_text
 from treadle.core.errors import TreadleError
 from treadle.data.bm25 import B, K
+from treadle.data.documents import Documents
 from treadle.data.texts import TextFiles
 
 pytest.importorskip("bm25s")
@@ -40,31 +43,31 @@ def by_hand(passages: list[str], query: str) -> list[float]:
 def test_passages_are_ranked_as_bm25_ranks_them() -> None:
     passages, _ = opened_index(SMALL)
     assert len(passages) == 3 * 5 * 6
-    search = SearchTool(documents=SMALL, found=3)
+    tool = SearchTool(documents=SMALL, found=3)
     first = buildings(SMALL)[7]
     for query in (f"{first.kind} of {first.town} built", f"{first.founder} born", "MILLS, bridges"):
         scores = by_hand(passages, query)
         best = sorted(range(len(passages)), key=lambda i: -scores[i])[:3]
-        assert search({"query": query}).splitlines() == [passages[i] for i in best]
+        assert tool({"query": query}).splitlines() == [passages[i] for i in best]
 
 
 def test_what_shares_no_word_is_not_told() -> None:
-    search = SearchTool(documents=SMALL, found=50, longest=20)
-    assert search({"query": "zebra"}) == "nothing was found"
-    told = search({"query": buildings(SMALL)[0].founder}).splitlines()
+    tool = SearchTool(documents=SMALL, found=50, longest=20)
+    assert tool({"query": "zebra"}) == "nothing was found"
+    told = tool({"query": buildings(SMALL)[0].founder}).splitlines()
     assert 1 < len(told) < 50
     assert max(map(len, told)) == 20
     with pytest.raises(KeyError):
-        search({"words": "mill"})
+        tool({"words": "mill"})
 
 
 def test_files_are_searched_whatever_their_part(tmp_path: Path) -> None:
     path = tmp_path / "notes.jsonl"
     rows = [{"text": f"note {n} on subject{n}\nand more"} for n in range(40)] + [{"text": " "}]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    search = SearchTool(documents=TextFiles(path=str(path)), found=1)
+    tool = SearchTool(documents=TextFiles(path=str(path)), found=1)
     for n in range(40):
-        assert search({"query": f"subject{n}"}) == f"note {n} on subject{n} and more"
+        assert tool({"query": f"subject{n}"}) == f"note {n} on subject{n} and more"
     blank = tmp_path / "blank.jsonl"
     blank.write_text(json.dumps({"text": " "}) + "\n")
     with pytest.raises(TreadleError, match="there is no passage in the documents"):
@@ -90,6 +93,28 @@ def test_the_country_has_one_answer_to_each_question() -> None:
         assert sides[0].score(problem, f"Answer: {problem.answer}") == 1.0
         assert sides[0].score(problem, f"Answer: {int(problem.answer) + 1}") == 0.0
         assert f"was {said} in {problem.answer}." in "\n".join(texts)
+
+
+def test_a_country_without_held_out_towns_is_refused() -> None:
+    countries = (InventedFacts(towns=4, seed=seed) for seed in range(99))
+    small = next(f for f in countries if all(split_of(b.town) == "train" for b in buildings(f)))
+    assert LookUps(facts=small).problem(0).answer
+    with pytest.raises(TreadleError, match="none of 4 towns is on this side: take more towns"):
+        LookUps(facts=small, held_out=True).problem(0)
+
+
+def test_an_index_is_made_before_the_clock_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may take longer than a call."""
+    made: list[Documents] = []
+
+    def index(documents: Documents) -> tuple[list[str], object]:
+        made.append(documents)
+        return [], None
+
+    monkeypatch.setattr(search, "opened_index", index)
+    environment = WithTools(problems=LookUps(facts=SMALL), tools=(SearchTool(documents=SMALL),))
+    environment.begin(0)
+    assert made == [SMALL], "before anything is said"
 
 
 @pytest.mark.parametrize("hops", [1, 2])
@@ -121,8 +146,8 @@ def test_plays_need_the_right_tools_and_problems() -> None:
         SearchSolutions(environment=wrong).conversation(0)
     with pytest.raises(TreadleError, match="these problems tell no expression"):
         CalculatorSolutions(environment=wrong).conversation(0)
-    search = wrong.replace(tools=(SearchTool(documents=SMALL),))
-    heard = search.begin(0).hear(0, call_text("search", query="mill"))
+    able = wrong.replace(tools=(SearchTool(documents=SMALL),))
+    heard = able.begin(0).hear(0, call_text("search", query="mill"))
     assert heard.next == 0
     assert "mill" in heard.told[0]
     assert not heard.failure

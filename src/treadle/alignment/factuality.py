@@ -23,7 +23,9 @@ from treadle.alignment.rewards import Reward
 from treadle.core.cards import Card
 from treadle.core.errors import FileFormatError, TreadleError
 from treadle.data.bm25 import WordIndex
+from treadle.data.rating import Rater
 from treadle.data.records import Problem
+from treadle.data.source import Env
 
 CARD = Card(
     id="al.reward.factual",
@@ -52,6 +54,10 @@ class Factuality(Reward):
     """Sentences that are looked at for each claim."""
     covered: float = Field(0.8, gt=0.0, le=1.0)
     """Share of a claim's content words that one of them must hold."""
+
+    def open(self, env: Env, patience: float) -> Rater:
+        open_library(self.evidence)  # takes longer than an answer may
+        return super().open(env, patience)
 
     def __call__(self, problem: Problem, completion: str) -> float:
         """Raises TreadleError where the evidence cannot be read; no claim at all is worth 0."""

@@ -19,6 +19,7 @@ from pydantic import Field
 
 from treadle.alignment.reasoning_gym import split_of
 from treadle.alignment.rewards import Reward, Verified
+from treadle.core.errors import TreadleError
 from treadle.data.documents import Documents
 from treadle.data.problems import Problems
 from treadle.data.records import Problem, Text, user
@@ -90,7 +91,12 @@ class LookUps(Problems):
     reward: Reward = Verified()
 
     def problem(self, index: int) -> Problem:
+        """Raises TreadleError where the country is too small for this side."""
         mine = _asked(self.facts, self.held_out)
+        if not mine:
+            raise TreadleError(
+                f"LookUps: none of {self.facts.towns} towns is on this side: take more towns"
+            )
         building = mine[index % len(mine)]
         queries: tuple[str, ...] = (f"{building.kind} of {building.town} built",)
         question, answer = f"In which year was {building.name} built?", building.built

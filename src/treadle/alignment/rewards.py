@@ -156,15 +156,17 @@ class Weighted(Reward):
         return rate
 
     def combined(self, scores: Sequence[Scored]) -> Scored:
-        """The reward of all parts together; where one failed there is none."""
+        """The reward of all parts together; where one that counts failed there is none."""
         rows = list(zip(self.parts, scores, strict=True))
         for part, scored in rows:
-            if scored.failure:
+            if part.weight and scored.failure:
                 return Scored(0.0, failure=f"`{part.name}`: {scored.failure}")
         learned = [(scored.value, part.weight) for part, scored in rows if part.weight]
         rewards, weights = zip(*learned, strict=True)
         value = self.together(rewards, weights)
-        return Scored(value, {part.name: scored.value for part, scored in rows})
+        if not math.isfinite(value):
+            return Scored(0.0, failure=f"the rewards together were {value}")
+        return Scored(value, {p.name: scored.value for p, scored in rows if not scored.failure})
 
 
 def _by_rule(part: Part, problem: Problem, completion: str) -> Scored:

@@ -49,6 +49,10 @@ class SearchTool(CallableTool):
     def describe(self) -> str:
         return "search(query): the passages that fit a few words best"
 
+    def prepare(self) -> None:
+        """Raises TreadleError where there is nothing to search in."""
+        opened_index(self.documents)
+
     def __call__(self, arguments: Mapping[str, Any]) -> str:
         passages, index = opened_index(self.documents)
         scores = index.scores(words_of(str(arguments["query"])))

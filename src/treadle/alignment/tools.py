@@ -65,6 +65,10 @@ class CallableTool(Config):
     def __call__(self, arguments: Mapping[str, Any]) -> str:
         """The result; any exception is told to the model and counted."""
 
+    def prepare(self) -> None:
+        """What takes long and is done once, before a play begins: no patience ends it."""
+        return
+
 
 class Calculator(CallableTool):
     """The four operations, remainders and brackets, on numbers."""
@@ -175,6 +179,8 @@ class ToolPlay(Play):
     def __init__(self, config: WithTools, problem: Problem) -> None:
         self.config, self.problem = config, problem
         self.tools = {tool.name(): tool for tool in config.tools}
+        for tool in config.tools:
+            tool.prepare()
         self.answered = 0
 
     def hear(self, seat: int, said: str) -> Heard:

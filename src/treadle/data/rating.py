@@ -120,8 +120,13 @@ def require_sound(scores: Sequence[Scored]) -> None:
 
 
 def reward_metrics(scores: Sequence[Scored]) -> dict[str, float]:
-    """Means of named rewards, and how many verifications failed."""
+    """Means of named rewards, and how many verifications failed; of those that are only watched,
+    each where it failed."""
     sound = [s for s in scores if not s.failure]
-    names = sorted({name for s in sound for name in s.parts})
-    means = {f"reward_{n}": math.fsum(s.parts[n] for s in sound) / len(sound) for n in names}
-    return {**means, "rewards_failed": float(len(scores) - len(sound))}
+    found = {"rewards_failed": float(len(scores) - len(sound))}
+    for name in sorted({name for s in sound for name in s.parts}):
+        values = [s.parts[name] for s in sound if name in s.parts]
+        found[f"reward_{name}"] = math.fsum(values) / len(values)
+        if len(values) < len(sound):
+            found[f"reward_{name}_failed"] = float(len(sound) - len(values))
+    return found
