@@ -22,6 +22,7 @@ from treadle.evals.prompt_search import (
     Rate,
     SearchPrompts,
     halving,
+    stated,
 )
 from treadle.inference.engine import Engine
 from treadle.inference.reasoning.prompting import (
@@ -120,12 +121,37 @@ def test_instructions_are_read_off_solved_problems(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Thinker, "ask", ask)
     problems = [Doubles().problem(i) for i in range(5)]
-    found = Induced(count=4, shown=2)(thinker(), problems, lambda p, t: Scored(0.0))
+    found = Induced(count=4, shown=2)(
+        thinker(), problems, lambda p, t: Scored(Doubles().score(p, t))
+    )
     assert found == named("Say it twice.", "Double it.")
     assert len({a.turns[0]["content"] for a in asked}) > 1, "different examples for each"
     for one in asked:
         text = one.turns[0]["content"]
         assert sum(f"{p.prompt[0].content}\n{p.answer}\n" in text for p in problems) == 2
+
+
+def test_what_answers_are_checked_by_is_shown_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the stated answer is none, the model's own right ones are; where there are none,
+    nothing is proposed."""
+    problems = [Problem((user(f"about {i}"),), '[{"check": "case"}]', "any") for i in range(3)]
+    asked: list[Ask] = []
+
+    def ask(self: Thinker, asks: list[Ask], sampling: Sampling, n: int = 1):
+        asked.extend(asks)
+        return [[said("fine"), said("bad")][:n] for _ in asks]
+
+    monkeypatch.setattr(Thinker, "ask", ask)
+    found = Induced(count=2, shown=3, tries=2)(
+        thinker(), problems, lambda p, t: Scored(float(t == "fine"))
+    )
+    assert found == named("fine")
+    shown = asked[-1].turns[0]["content"]
+    assert shown.count("\nfine\n") == 3
+    assert "check" not in shown
+    assert Induced()(thinker(), problems, lambda p, t: Scored(0.0)) == []
+    prefixed = stated(problems[:1], lambda p, t: Scored(float(t.startswith("Answer: "))))
+    assert prefixed == [Shot(question="about 0", answer='Answer: [{"check": "case"}]')]
 
 
 def test_shots_are_the_models_own_right_answers(monkeypatch: pytest.MonkeyPatch) -> None:

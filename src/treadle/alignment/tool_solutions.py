@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
 
 from pydantic import Field
 
@@ -13,53 +15,54 @@ from treadle.data.records import Chat, assistant, user
 from treadle.data.supervised import Conversations
 
 
-class CalculatorSolutions(Conversations):
-    """Problems whose metadata hold an `expression`, such as those of the family `chain_sum`."""
+class WorkedPlays(Conversations):
+    """A shape: problems on which a program knows which calls to make."""
 
     environment: WithTools
     amount: int = Field(512, ge=1)
 
-    def conversation(self, index: int) -> Chat:
-        """The play in which the model lets the calculator do all of it.
+    @abstractmethod
+    def calls(self, told: Mapping[str, Any]) -> list[str]:
+        """For a problem with these metadata.
 
         Raises:
-            TreadleError: the problem has no expression, or its tools are without a calculator.
+            TreadleError: they do not say enough, or the tool is not among the environment's.
         """
-        told = self.environment.problems.problem(index).metadata
-        if "expression" not in told:
-            raise TreadleError(
-                "CalculatorSolutions: these problems tell no expression; take the family chain_sum"
-            )
-        tool = tool_of(self.environment, Calculator)
-        return worked_play(
-            self.environment, index, [call_text(tool.name(), expression=str(told["expression"]))]
-        )
+
+    def conversation(self, index: int) -> Chat:
+        """The problem, each call with what came of it, and the right answer."""
+        environment = self.environment
+        problem, play = environment.problems.problem(index), environment.begin(index)
+        turns = list(environment.put(problem).prompt)
+        for call in self.calls(problem.metadata):
+            turns += [assistant(call), user(play.hear(0, call).told[0])]
+        return Chat((*turns, assistant(f"Answer: {problem.answer}")))
 
     def count(self) -> int | None:
         return self.amount
 
+    def told(self, metadata: Mapping[str, Any], key: str, remedy: str) -> Any:
+        if key not in metadata:
+            raise TreadleError(f"{type(self).__name__}: these problems tell no {key}; {remedy}")
+        return metadata[key]
 
-class SearchSolutions(Conversations):
-    """Problems whose metadata hold `queries`, such as `LookUps`."""
 
-    environment: WithTools
-    amount: int = Field(512, ge=1)
+class CalculatorSolutions(WorkedPlays):
+    """The calculator does all of it, where problems tell their `expression`."""
 
-    def conversation(self, index: int) -> Chat:
-        """The play in which the model looks up one thing after another.
+    def calls(self, told: Mapping[str, Any]) -> list[str]:
+        expression = self.told(told, "expression", "take the family chain_sum")
+        name = tool_of(self.environment, Calculator).name()
+        return [call_text(name, expression=str(expression))]
 
-        Raises:
-            TreadleError: the problem has no queries, or its tools are without a search.
-        """
-        told = self.environment.problems.problem(index).metadata
-        if "queries" not in told:
-            raise TreadleError("SearchSolutions: these problems tell no queries; take LookUps")
-        tool = tool_of(self.environment, SearchTool)
-        calls = [call_text(tool.name(), query=query) for query in told["queries"]]
-        return worked_play(self.environment, index, calls)
 
-    def count(self) -> int | None:
-        return self.amount
+class SearchSolutions(WorkedPlays):
+    """One thing after another is looked up, where problems tell their `queries`."""
+
+    def calls(self, told: Mapping[str, Any]) -> list[str]:
+        queries = self.told(told, "queries", "take LookUps")
+        name = tool_of(self.environment, SearchTool).name()
+        return [call_text(name, query=query) for query in queries]
 
 
 def tool_of(environment: WithTools, kind: type[CallableTool]) -> CallableTool:
@@ -68,12 +71,3 @@ def tool_of(environment: WithTools, kind: type[CallableTool]) -> CallableTool:
         if isinstance(tool, kind):
             return tool
     raise TreadleError(f"the environment has no {kind.__name__}; add one to `tools`")
-
-
-def worked_play(environment: WithTools, index: int, calls: Sequence[str]) -> Chat:
-    """The problem, each call with what came of it, and the right answer."""
-    problem, play = environment.problems.problem(index), environment.begin(index)
-    turns = list(environment.put(problem).prompt)
-    for call in calls:
-        turns += [assistant(call), user(play.hear(0, call).told[0])]
-    return Chat((*turns, assistant(f"Answer: {problem.answer}")))

@@ -74,11 +74,14 @@ class Proposer(Config):
 
 
 class Induced(Proposer):
-    """Instructions that the model reads off solved problems."""
+    """Instructions that the model reads off answered problems: by the answers that the problems
+    state where their verifier takes them as they are, else by right ones of its own."""
 
     count: int = Field(8, ge=1)
     shown: int = Field(4, ge=1)
-    """Solved problems that are shown for each."""
+    """Answered problems that are shown for each."""
+    tries: int = Field(4, ge=1)
+    """Answers of its own to a problem without a stated one."""
     sampling: Sampling = Sampling(temperature=1.0, max_tokens=60)
     ask: str = (
         "Here are questions and their right answers.\n\n{examples}\n\nWrite one sentence that "
@@ -88,11 +91,16 @@ class Induced(Proposer):
     def __call__(
         self, thinker: Thinker, problems: Sequence[Problem], score: Callable[[Problem, str], Scored]
     ) -> list[Prompt]:
+        known = stated(problems, score) or answered(
+            thinker, problems, score, self.tries, self.sampling
+        )
+        if not known:
+            return []
         draw = random.Random(self.sampling.seed)
         asks: list[Ask] = []
         for _ in range(self.count):
-            chosen = draw.sample(list(problems), min(self.shown, len(problems)))
-            examples = "\n\n".join(f"{p.prompt[-1].content}\n{p.answer}" for p in chosen)
+            chosen = draw.sample(known, min(self.shown, len(known)))
+            examples = "\n\n".join(f"{shot.question}\n{shot.answer}" for shot in chosen)
             text = self.ask.replace("{examples}", examples)
             asks.append(Ask(len(asks), ({"role": "user", "content": text},)))
         said = [visible(c.text) for (c,) in thinker.ask(asks, self.sampling)]
@@ -113,18 +121,40 @@ class OwnShots(Proposer):
     def __call__(
         self, thinker: Thinker, problems: Sequence[Problem], score: Callable[[Problem, str], Scored]
     ) -> list[Prompt]:
-        asks = [Ask(i, turns_of(problem)) for i, problem in enumerate(problems)]
-        right = []
-        for problem, row in zip(
-            problems, thinker.ask(asks, self.sampling, self.tries), strict=True
-        ):
-            texts = [visible(c.text).strip() for c in row]
-            if good := [t for t in texts if t and score(problem, t).value >= 1.0]:
-                right.append(Shot(question=problem.prompt[-1].content, answer=min(good, key=len)))
+        right = answered(thinker, problems, score, self.tries, self.sampling)
         draw = random.Random(self.sampling.seed)
         size = min(self.shots, len(right))
         found = [FewShot(shots=tuple(draw.sample(right, size))) for _ in range(self.count) if size]
         return list(dict.fromkeys(found))
+
+
+def stated(problems: Sequence[Problem], score: Callable[[Problem, str], Scored]) -> list[Shot]:
+    """Problems with the answers that they state, as far as the verifier takes them: of some
+    families it is no answer that they keep but what answers are checked by."""
+    shots = []
+    for problem in problems:
+        for text in (problem.answer, f"Answer: {problem.answer}"):
+            if score(problem, text).value >= 1.0:
+                shots.append(Shot(question=problem.prompt[-1].content, answer=text))
+                break
+    return shots
+
+
+def answered(
+    thinker: Thinker,
+    problems: Sequence[Problem],
+    score: Callable[[Problem, str], Scored],
+    tries: int,
+    sampling: Sampling,
+) -> list[Shot]:
+    """Problems that the model itself answers right, each with the shortest right answer."""
+    asks = [Ask(i, turns_of(problem)) for i, problem in enumerate(problems)]
+    right = []
+    for problem, row in zip(problems, thinker.ask(asks, sampling, tries), strict=True):
+        texts = [visible(c.text).strip() for c in row]
+        if good := [t for t in texts if t and score(problem, t).value >= 1.0]:
+            right.append(Shot(question=problem.prompt[-1].content, answer=min(good, key=len)))
+    return right
 
 
 @dataclass

@@ -18,15 +18,11 @@ from treadle.alignment.rewards import Graded, Part, Weighted
 from treadle.alignment.samplers import NativeKernels
 from treadle.core.pipeline import Pipeline
 from treadle.inference.sampling import Sampling
-from treadle.models.reward_head import RewardHead
-from treadle.objectives.reward import BradleyTerry
 from treadle.optim.adamw import AdamW
-from treadle.optim.schedules import Cosine
-from treadle.peft.lora import LoRA
 from treadle.recipes.instructed import BASE, LONGEST, UNSEEN, followed, rollouts
 from treadle.recipes.ppo import ppo
+from treadle.recipes.reward_model import reward_model
 from treadle.reports.report import Report
-from treadle.train.fit import Fit
 from treadle.train.run import Run, Trained
 
 
@@ -42,19 +38,11 @@ def rlhf() -> Pipeline:
         minutes=3.0,
     )
     label_unseen = label.replace(name="label-unseen", problems=UNSEEN, count=48, minutes=1.0)
-    reward = Run(
-        name="reward",
-        model=BASE,
-        transforms=(LoRA(rank=16), RewardHead()),
-        source=Preferences(
-            pairs=PairsOf(step="label"), per_step=32, longest=160, reference=NoReference()
-        ),
-        objective=BradleyTerry(centre=0.01),
-        optimizer=AdamW(lr=5e-4),
-        schedule=Cosine(),
-        fit=Fit(steps=60, checkpoint_every=15),
-        minutes=4.0,
+    (learn,) = (step for step in reward_model().steps if isinstance(step, Run))
+    pairs = Preferences(
+        pairs=PairsOf(step="label"), per_step=32, longest=160, reference=NoReference()
     )
+    reward = learn.replace(source=pairs, optimizer=AdamW(lr=5e-4), minutes=4.0)
     agrees = MeasurePreferences(
         name="measure-reward",
         subject="reward",
